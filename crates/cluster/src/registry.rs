@@ -1,0 +1,82 @@
+//! Where a process looks for the others. `static://` names them once and for all.
+
+/// A list of addresses that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("registry {0:?} has no known scheme; use static://host:port,host:port")]
+    Scheme(String),
+    #[error("registry {0:?} names no address")]
+    Empty(String),
+    #[error("registry address {0:?} is not host:port")]
+    Address(String),
+    #[error("registry address {0:?} occurs twice")]
+    Twice(String),
+}
+
+/// `--registry`: the processes this one talks to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Registry {
+    /// The same addresses for the life of the process; each may be up or down.
+    Static(Vec<String>),
+}
+
+impl Registry {
+    /// Reads `static://host:port,host:port`.
+    pub fn parse(url: &str) -> Result<Self, Error> {
+        let list = url.strip_prefix("static://").ok_or_else(|| Error::Scheme(url.to_owned()))?;
+        let mut addresses: Vec<String> = Vec::new();
+        for address in list.split(',').map(str::trim).filter(|address| !address.is_empty()) {
+            let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse());
+            match port {
+                Some(Ok(1_u16..)) => {}
+                Some(Ok(0) | Err(_)) | None => return Err(Error::Address(address.to_owned())),
+            }
+            if addresses.iter().any(|seen| seen == address) {
+                return Err(Error::Twice(address.to_owned()));
+            }
+            addresses.push(address.to_owned());
+        }
+        if addresses.is_empty() {
+            return Err(Error::Empty(url.to_owned()));
+        }
+        Ok(Self::Static(addresses))
+    }
+
+    /// Every address to talk to, `host:port` each.
+    #[must_use]
+    pub fn addresses(&self) -> &[String] {
+        let Self::Static(addresses) = self;
+        addresses
+    }
+}
+
+impl std::str::FromStr for Registry {
+    type Err = Error;
+
+    fn from_str(url: &str) -> Result<Self, Error> {
+        Self::parse(url)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(url: &str, expected: Result<&[&str], Error>) {
+        let addresses = Registry::parse(url).map(|registry| registry.addresses().to_vec());
+        assert_eq!(addresses, expected.map(|list| list.iter().map(|&address| address.to_owned()).collect()), "{url}");
+    }
+
+    #[test]
+    fn addresses_are_read_or_named() {
+        check("static://a:1", Ok(&["a:1"]));
+        check("static://127.0.0.1:7001, [::1]:7002,", Ok(&["127.0.0.1:7001", "[::1]:7002"]));
+        check("static://", Err(Error::Empty("static://".into())));
+        check("static://a", Err(Error::Address("a".into())));
+        check("static://:80", Err(Error::Address(":80".into())));
+        check("static://a:0", Err(Error::Address("a:0".into())));
+        check("static://a:70000", Err(Error::Address("a:70000".into())));
+        check("static://a:1,b:1,a:1", Err(Error::Twice("a:1".into())));
+        check("zookeeper://a:1", Err(Error::Scheme("zookeeper://a:1".into())));
+    }
+}
