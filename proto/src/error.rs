@@ -150,7 +150,11 @@ impl Error {
     #[must_use]
     pub fn from_status(status: &tonic::Status) -> Self {
         let field = |key| {
-            status.metadata().get(key).and_then(|value| value.to_str().ok()).map(|text| Cow::Owned(text.to_owned()))
+            status
+                .metadata()
+                .get(key)
+                .and_then(|value| value.to_str().ok())
+                .map(|text| Cow::Owned(text.to_owned()))
         };
         Self {
             code: field(CODE).map_or_else(|| Code::from_grpc(status.code()), |name| Code::parse(&name)),

@@ -112,7 +112,10 @@ impl Frame {
             ("assignment_weight", wire.assignment_weight.len()),
         ] {
             if len != n {
-                return Err(Error::invalid(field, format!("{field} has {len} entries, assignment_row has {n}")));
+                return Err(Error::invalid(
+                    field,
+                    format!("{field} has {len} entries, assignment_row has {n}"),
+                ));
             }
         }
         if n == 0 {
@@ -128,7 +131,10 @@ impl Frame {
                 ));
             }
             if !weight.is_finite() {
-                return Err(Error::invalid("assignment_weight", format!("assignment_weight[{at}] is {weight}")));
+                return Err(Error::invalid(
+                    "assignment_weight",
+                    format!("assignment_weight[{at}] is {weight}"),
+                ));
             }
             assignments.push(Assignment { row: RowIndex(row), expert: ExpertId(expert), weight });
         }
@@ -160,7 +166,9 @@ impl Frame {
             combine: combine.into(),
             grid_exponent: grid.map_or(0, |grid| grid.exponent),
             contribution_max: grid.map_or(0.0, |grid| grid.contribution_max),
-            timeout_us: self.timeout.map_or(0, |timeout| u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX)),
+            timeout_us: self
+                .timeout
+                .map_or(0, |timeout| u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX)),
             traceparent: self.traceparent,
         }
     }
@@ -169,7 +177,10 @@ impl Frame {
 fn checked_grid(wire: &v1::Frame) -> Result<Grid, Error> {
     let grid = Grid { exponent: wire.grid_exponent, contribution_max: wire.contribution_max };
     if !(-126..=126).contains(&grid.exponent) {
-        return Err(Error::invalid("grid_exponent", format!("grid_exponent {} is not in -126..=126", grid.exponent)));
+        return Err(Error::invalid(
+            "grid_exponent",
+            format!("grid_exponent {} is not in -126..=126", grid.exponent),
+        ));
     }
     // A single contribution within the bound must be a whole number of steps below 2^24.
     if !(grid.contribution_max > 0.0 && grid.contribution_max <= f32::exp2(24.0) * grid.step()) {
@@ -256,7 +267,10 @@ mod tests {
     fn each_wrong_part_is_named() {
         check(|wire| wire.rows = None, "rows is missing");
         check(|wire| wire.combine = 9, "unknown combine 9");
-        check(|wire| wire.assignment_weight.truncate(1), "assignment_weight has 1 entries, assignment_row has 2");
+        check(
+            |wire| wire.assignment_weight.truncate(1),
+            "assignment_weight has 1 entries, assignment_row has 2",
+        );
         check(|wire| wire.assignment_row[1] = 2, "assignment_row[1] is 2, the frame has 2 rows");
         check(|wire| wire.assignment_weight[0] = f32::NAN, "assignment_weight[0] is NaN");
         check(|wire| wire.grid_exponent = 500, "grid_exponent 500 is not in -126..=126");

@@ -26,8 +26,6 @@ pub mod v1 {
         clippy::all,
         clippy::allow_attributes,
         clippy::allow_attributes_without_reason,
-        unreachable_pub,
-        rust_2018_idioms,
         reason = "generated code"
     )]
     include!(concat!(env!("OUT_DIR"), "/shoal.v1.rs"));

@@ -11,7 +11,7 @@ use crate::{Error, v1};
 pub enum Dtype {
     /// 4 bytes, exact.
     F32,
-    /// 2 bytes, rounded to nearest even: relative error at most 2^-9.
+    /// 2 bytes, rounded to nearest even: relative error at most 2^-8 for normal numbers.
     Bf16,
 }
 
@@ -41,7 +41,11 @@ impl Rows {
     /// If it is not: the caller made both numbers.
     #[must_use]
     pub fn encode(dtype: Dtype, width: usize, values: &[f32]) -> Self {
-        assert!(width > 0 && values.len().is_multiple_of(width), "{} values in rows of {width}", values.len());
+        assert!(
+            width > 0 && values.len().is_multiple_of(width),
+            "{} values in rows of {width}",
+            values.len()
+        );
         let mut data = BytesMut::with_capacity(values.len() * dtype.bytes());
         match dtype {
             Dtype::F32 => values.iter().for_each(|value| data.extend_from_slice(&value.to_le_bytes())),
@@ -66,7 +70,11 @@ impl Rows {
         if width == 0 || expected != Some(wire.data.len()) {
             return Err(Error::invalid(
                 "rows.data",
-                format!("rows.data has {} bytes, not {n_rows} x {width} x {} bytes", wire.data.len(), dtype.bytes()),
+                format!(
+                    "rows.data has {} bytes, not {n_rows} x {width} x {} bytes",
+                    wire.data.len(),
+                    dtype.bytes()
+                ),
             ));
         }
         Ok(Self { dtype, n_rows, width, data: wire.data })
@@ -122,10 +130,16 @@ impl Rows {
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
-            Dtype::F32 => self.data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
-            Dtype::Bf16 => {
-                self.data.as_chunks::<2>().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect()
+            Dtype::F32 => {
+                self.data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
             }
+            Dtype::Bf16 => self
+                .data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
+                .collect(),
         }
     }
 
@@ -162,7 +176,8 @@ mod tests {
         fn bf16_rows_are_within_their_bound(values in proptest::collection::vec(-1e30_f32..1e30, 1..40)) {
             let back = Rows::encode(Dtype::Bf16, 1, &values).to_f32();
             for (value, back) in values.iter().zip(back) {
-                prop_assert!((value - back).abs() <= value.abs() / 512.0, "{} became {}", value, back);
+                // Below the normal numbers the spacing is absolute.
+                prop_assert!((value - back).abs() <= value.abs() / 256.0 + 1e-40, "{} became {}", value, back);
             }
         }
     }

@@ -1,1 +1,25 @@
+//! The router: everything that has state. It holds the backbone and the KV cache, steps many sequences together, and
+//! sends each MoE layer's activations to the servers that hold the chosen experts.
+//!
+//! Sync core, async edge: [`engine`] is one thread that owns model, pages and scheduler and never does I/O; links and
+//! API are tasks; bounded channels lie between. [`forward`] reads straight down, [`flight`] is a pure state machine.
 
+mod api;
+mod args;
+mod cache;
+mod calibrate;
+mod combine;
+mod dispatch;
+mod engine;
+mod flight;
+mod forward;
+mod link;
+mod remote;
+mod sampling;
+mod scheduler;
+mod sequence;
+mod service;
+mod stats;
+
+pub use args::{Args, Combine, Wire};
+pub use service::run;

@@ -26,7 +26,8 @@ impl Registry {
         let list = url.strip_prefix("static://").ok_or_else(|| Error::Scheme(url.to_owned()))?;
         let mut addresses: Vec<String> = Vec::new();
         for address in list.split(',').map(str::trim).filter(|address| !address.is_empty()) {
-            let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse());
+            let port =
+                address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse());
             match port {
                 Some(Ok(1_u16..)) => {}
                 Some(Ok(0) | Err(_)) | None => return Err(Error::Address(address.to_owned())),
@@ -64,7 +65,11 @@ mod tests {
 
     fn check(url: &str, expected: Result<&[&str], Error>) {
         let addresses = Registry::parse(url).map(|registry| registry.addresses().to_vec());
-        assert_eq!(addresses, expected.map(|list| list.iter().map(|&address| address.to_owned()).collect()), "{url}");
+        assert_eq!(
+            addresses,
+            expected.map(|list| list.iter().map(|&address| address.to_owned()).collect()),
+            "{url}"
+        );
     }
 
     #[test]

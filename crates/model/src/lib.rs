@@ -20,3 +20,12 @@ pub use pages::{Pages, Span};
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
+
+/// Computes with `n` threads from now on; once per process, before anything is computed.
+pub fn set_threads(n: usize) -> Result<(), Error> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(n)
+        .thread_name(|index| format!("compute-{index}"))
+        .build_global()
+        .map_err(|error| Error(format!("cannot start {n} compute threads: {error}")))
+}

@@ -1,0 +1,310 @@
+//! The gRPC Router service ↔ the engine's inbox. Every value of a request is checked here; the engine trusts it.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        mpsc as std_mpsc,
+    },
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use futures_util::{Stream, StreamExt as _, stream};
+use model::ModelConfig;
+use proto::{
+    Code, Error,
+    frame::FRAME_BYTES_MAX,
+    rows::{Dtype, Rows},
+    v1::{self, router_server::Router},
+};
+use telemetry::Tasks;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    args::{Combine, Limits, Wire},
+    engine::Command,
+    link::Links,
+    sampling::{Drawn, Sampling, TOP_LOGPROBS_MAX},
+    sequence::{self, Event, Finish, Sequence},
+    stats::Stats,
+};
+
+/// Ids that may end one request, beyond the checkpoint's own.
+const STOP_IDS_MAX: usize = 256;
+
+pub(crate) struct Api {
+    pub(crate) instance: String,
+    pub(crate) checkpoint: String,
+    pub(crate) config: ModelConfig,
+    pub(crate) limits: Limits,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) links: Arc<Links>,
+    pub(crate) commands: std_mpsc::Sender<Command>,
+    pub(crate) open_streams: Arc<AtomicUsize>,
+    pub(crate) tasks: Tasks,
+}
+
+#[tonic::async_trait]
+impl Router for Api {
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateReply, Status>> + Send>>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let request = self.check(request.into_inner())?;
+        if self.tasks.is_shutting_down() {
+            return Err(Error::new(Code::Unavailable, "draining", "this router is draining").into());
+        }
+        let open = OpenStream::admit(self)?;
+        let vocab_size = self.config.vocab_size;
+        let (out, events) = mpsc::unbounded_channel();
+        let sequence = Sequence::new(request, out, now());
+        self.commands
+            .send(Command::Submit(Box::new(sequence)))
+            .map_err(|_| Status::from(Error::internal("the engine has stopped")))?;
+        let replies = Events { events, ended: false, _open: open }
+            .flat_map(move |event| stream::iter(replies(event, vocab_size)));
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn status(
+        &self,
+        _: Request<v1::RouterStatusRequest>,
+    ) -> Result<Response<v1::RouterStatus>, Status> {
+        Ok(Response::new(self.report(now())))
+    }
+}
+
+impl Api {
+    fn check(&self, request: v1::GenerateRequest) -> Result<sequence::Request, Error> {
+        let n_prompt = request.prompt_ids.len();
+        if n_prompt == 0 {
+            return Err(Error::invalid("prompt_ids", "the prompt is empty"));
+        }
+        if let Some(id) = request.prompt_ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            let message =
+                format!("prompt id {id} is not below the vocabulary size {}", self.config.vocab_size);
+            return Err(Error::invalid("prompt_ids", message));
+        }
+        let room = self.limits.tokens_max(n_prompt);
+        if room == 0 {
+            let (what, limit) = if n_prompt >= self.limits.context_max {
+                ("maximum context length", self.limits.context_max)
+            } else {
+                ("KV cache", self.limits.capacity())
+            };
+            let message = format!(
+                "the prompt has {n_prompt} tokens, the {what} is {limit} tokens, the answer included"
+            );
+            return Err(
+                Error::new(Code::InvalidArgument, "context_length_exceeded", message).with_param("messages")
+            );
+        }
+        if request.stop_ids.len() > STOP_IDS_MAX {
+            let message = format!("{} stop ids, {STOP_IDS_MAX} are allowed", request.stop_ids.len());
+            return Err(Error::invalid("stop_ids", message));
+        }
+        let top_logprobs = request.top_logprobs.unwrap_or(0);
+        if top_logprobs > TOP_LOGPROBS_MAX {
+            let message = format!("top_logprobs is {top_logprobs}, {TOP_LOGPROBS_MAX} are allowed");
+            return Err(Error::invalid("top_logprobs", message));
+        }
+        let mut stop_ids = request.stop_ids;
+        if !request.ignore_eos {
+            stop_ids.extend(&self.config.eos_token_ids);
+        }
+        let tokens_max = match request.tokens_max as usize {
+            0 => room,
+            wanted => wanted.min(room),
+        };
+        Ok(sequence::Request {
+            id: request.request_id,
+            prompt: request.prompt_ids,
+            tokens_max,
+            sampling: checked_sampling(request.sampling.unwrap_or_default())?,
+            stop_ids,
+            top_logprobs: top_logprobs as usize,
+            prompt_logits: request.prompt_logits,
+        })
+    }
+
+    fn report(&self, now: Instant) -> v1::RouterStatus {
+        let view = self.links.view();
+        let missing = view.table.missing(self.config.moe_layers(), self.config.n_routed_experts);
+        let calibrated = self.limits.combine != Combine::Exact || self.stats.is_calibrated();
+        let ready =
+            missing.is_empty() && calibrated && !self.stats.hangs(now) && !self.tasks.is_shutting_down();
+        let servers = self.links.states().into_iter().map(|(address, link)| v1::ExpertServer {
+            frames_in_flight: view
+                .links
+                .get(&link.instance.as_str().into())
+                .map_or(0, |sender| (sender.max_capacity() - sender.capacity()) as u64),
+            instance: link.instance,
+            address,
+            state: link.state.to_owned(),
+            detail: link.detail,
+            n_experts: link.n_experts as u32,
+        });
+        v1::RouterStatus {
+            instance: self.instance.clone(),
+            wire_version: proto::WIRE_VERSION,
+            checkpoint: self.checkpoint.clone(),
+            architecture: self.config.architecture.clone(),
+            vocab_size: self.config.vocab_size as u32,
+            context_max: self.limits.context_max as u32,
+            page_positions: self.limits.page_positions as u32,
+            pages: self.limits.n_pages as u32,
+            pages_in_use: self.stats.pages_in_use.load(Relaxed) as u32,
+            running: self.stats.running.load(Relaxed) as u32,
+            waiting: self.stats.waiting.load(Relaxed) as u32,
+            open_streams: self.open_streams.load(Relaxed) as u32,
+            ready,
+            missing: missing
+                .into_iter()
+                .map(|(layer, experts)| v1::MissingExperts {
+                    layer: layer.0,
+                    experts: experts.into_iter().map(|expert| expert.0).collect(),
+                })
+                .collect(),
+            servers: servers.collect(),
+            eos_ids: self.config.eos_token_ids.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            steps: self.stats.steps.load(Relaxed),
+            tokens_out: self.stats.tokens_out.load(Relaxed),
+            preemptions: self.stats.preemptions.load(Relaxed),
+            combine: match self.limits.combine {
+                Combine::Exact => "exact",
+                Combine::Pairs => "pairs",
+                Combine::Fast => "fast",
+            }
+            .to_owned(),
+            wire: match self.limits.wire {
+                Wire::F32 => "f32",
+                Wire::Bf16 => "bf16",
+            }
+            .to_owned(),
+        }
+    }
+}
+
+fn checked_sampling(wire: v1::Sampling) -> Result<Sampling, Error> {
+    for (name, value, max) in
+        [("temperature", wire.temperature, f32::MAX), ("top_p", wire.top_p, 1.0), ("min_p", wire.min_p, 1.0)]
+    {
+        if !(0.0..=max).contains(&value) {
+            return Err(Error::invalid(name, format!("{name} is {value}, not in 0..={max}")));
+        }
+    }
+    Ok(Sampling {
+        temperature: wire.temperature,
+        top_k: wire.top_k as usize,
+        top_p: if wire.top_p == 0.0 { 1.0 } else { wire.top_p },
+        min_p: wire.min_p,
+        seed: wire.seed,
+    })
+}
+
+/// Counts one open call. When it is dropped, whether the answer ended or the caller went away, the engine is woken so
+/// that the sequence's pages are free within one step.
+struct OpenStream {
+    open_streams: Arc<AtomicUsize>,
+    commands: std_mpsc::Sender<Command>,
+}
+
+impl OpenStream {
+    fn admit(api: &Api) -> Result<Self, Error> {
+        let most = api.limits.running_max + api.limits.queue_max;
+        api.open_streams.fetch_update(Relaxed, Relaxed, |open| (open < most).then_some(open + 1)).map_err(
+            |open| {
+                let message = format!("{open} requests are running or waiting, {most} are the limit");
+                Error::new(Code::Overloaded, "queue_full", message)
+            },
+        )?;
+        Ok(Self { open_streams: Arc::clone(&api.open_streams), commands: api.commands.clone() })
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.open_streams.fetch_sub(1, Relaxed);
+        let _engine_gone = self.commands.send(Command::Wake);
+    }
+}
+
+/// A sequence's events; one that ends without its last event had its engine die.
+struct Events {
+    // Dropped before `_open`: the engine woken by it must see the channel closed.
+    events: UnboundedReceiver<Event>,
+    ended: bool,
+    _open: OpenStream,
+}
+
+impl Stream for Events {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let event = std::task::ready!(self.events.poll_recv(context));
+        let event = event.unwrap_or_else(|| {
+            Event::Failed(Error::new(
+                Code::Unavailable,
+                "engine_stopped",
+                "the router stopped before the answer ended",
+            ))
+        });
+        self.ended = matches!(event, Event::Finished { .. } | Event::Failed(_));
+        Poll::Ready(Some(event))
+    }
+}
+
+/// The replies that tell of `event`. Logits of many positions are cut into messages of a moderate size.
+fn replies(event: Event, vocab_size: usize) -> Vec<Result<v1::GenerateReply, Status>> {
+    let reply = v1::GenerateReply::default();
+    match event {
+        Event::Token(drawn) => vec![Ok(v1::GenerateReply { tokens: vec![token(drawn)], ..reply })],
+        Event::PromptLogits { first_position, values } => {
+            let positions = (FRAME_BYTES_MAX / (vocab_size * 4)).max(1);
+            let parts = values.chunks(positions * vocab_size).enumerate().map(|(part, values)| {
+                let logits = v1::LogitRows {
+                    first_position: (first_position + part * positions) as u32,
+                    rows: Some(Rows::encode(Dtype::F32, vocab_size, values).into_wire()),
+                };
+                Ok(v1::GenerateReply { prompt_logits: Some(logits), ..v1::GenerateReply::default() })
+            });
+            parts.collect()
+        }
+        Event::Finished { finish, usage } => {
+            let finish = match finish {
+                Finish::Stop => v1::Finish::Stop,
+                Finish::Length => v1::Finish::Length,
+            };
+            let usage = v1::Usage {
+                prompt_tokens: usage.prompt_tokens as u32,
+                completion_tokens: usage.completion_tokens as u32,
+                experts: usage.experts as u32,
+                servers: usage.servers as u32,
+            };
+            vec![Ok(v1::GenerateReply { finish: finish.into(), usage: Some(usage), ..reply })]
+        }
+        Event::Failed(error) => vec![Err(error.into())],
+    }
+}
+
+fn token(drawn: Drawn) -> v1::Token {
+    v1::Token {
+        id: drawn.id,
+        logprob: drawn.logprob,
+        top: drawn.top.into_iter().map(|(id, logprob)| v1::Candidate { id, logprob }).collect(),
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "requests arrive here: an edge")]
+fn now() -> Instant {
+    Instant::now()
+}

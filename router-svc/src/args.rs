@@ -1,0 +1,180 @@
+//! Flags of the router, and what they come to: [`Args`] is what was typed, [`Limits`] what the engine needs.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail, ensure};
+use cluster::Registry;
+use model::{ModelConfig, Pages};
+use proto::rows::Dtype;
+
+/// How the contributions of a row's experts are summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Combine {
+    /// On a grid, at the servers: the same bits however experts are spread. Needs the f32 wire.
+    Exact,
+    /// One row back for each (row, expert) pair, summed here in gate order: the same bits at top-k times the bytes.
+    Pairs,
+    /// At the servers, as it comes: the last bits depend on the placement.
+    Fast,
+}
+
+/// How activations travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Wire {
+    F32,
+    Bf16,
+}
+
+impl Wire {
+    pub(crate) const fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::Bf16,
+        }
+    }
+}
+
+/// Run a router: attention, gate and KV cache; the experts are elsewhere.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Checkpoint folder in Hugging Face layout
+    #[arg(long, env = "SHOAL_MODEL", value_name = "DIR")]
+    pub model: PathBuf,
+    /// Address to listen on; port 0 takes a free one
+    #[arg(long, env = "SHOAL_LISTEN", default_value = "127.0.0.1:0", value_name = "HOST:PORT")]
+    pub listen: SocketAddr,
+    /// Where the expert servers are: static://host:port,host:port
+    #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL")]
+    pub registry: Registry,
+    /// How contributions are summed [default: exact on the f32 wire, fast on bf16]
+    #[arg(long, env = "SHOAL_COMBINE")]
+    pub combine: Option<Combine>,
+    /// How activations travel to the experts and back
+    #[arg(long, env = "SHOAL_WIRE", default_value = "f32")]
+    pub wire: Wire,
+    /// Most prompt rows of one sequence in a step
+    #[arg(long, env = "SHOAL_CHUNK", default_value_t = 256, value_name = "ROWS")]
+    pub chunk: usize,
+    /// Most rows of a step, over all sequences: bounds how long a long prompt delays the running ones
+    #[arg(long, env = "SHOAL_STEP_ROWS", default_value_t = 512, value_name = "ROWS")]
+    pub step_rows: usize,
+    /// Pages of the KV cache [default: sixteen full contexts, at most 1 GiB]
+    #[arg(long, env = "SHOAL_PAGES")]
+    pub pages: Option<usize>,
+    /// Positions in a page
+    #[arg(long, env = "SHOAL_PAGE_POSITIONS", default_value_t = 64)]
+    pub page_positions: usize,
+    /// Longest sequence, prompt and answer together [default: the checkpoint's max_position_embeddings]
+    #[arg(long, env = "SHOAL_CONTEXT_MAX", value_name = "TOKENS")]
+    pub context_max: Option<usize>,
+    /// Most sequences computed together
+    #[arg(long, env = "SHOAL_RUNNING_MAX", default_value_t = 64)]
+    pub running_max: usize,
+    /// Most sequences waiting for their turn; one more is refused at once
+    #[arg(long, env = "SHOAL_QUEUE_MAX", default_value_t = 256)]
+    pub queue_max: usize,
+    /// How long a request waits for an expert that nobody holds
+    #[arg(long, env = "SHOAL_EXPERT_WAIT", default_value = "10s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub expert_wait: Duration,
+    /// How long one layer may wait for its replies before its servers count as failed
+    #[arg(long, env = "SHOAL_DISPATCH_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub dispatch_timeout: Duration,
+    /// Compute threads [default: one for each core]
+    #[arg(long, env = "SHOAL_THREADS")]
+    pub threads: Option<usize>,
+    /// How long running requests may take to finish after SIGTERM
+    #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub drain_timeout: Duration,
+}
+
+/// Bytes of KV cache that the default number of pages stays under.
+const DEFAULT_CACHE_BYTES_MAX: usize = 1 << 30;
+/// Full contexts that the default number of pages holds.
+const DEFAULT_CONTEXTS: usize = 16;
+
+/// The named limits of one router.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    pub(crate) combine: Combine,
+    pub(crate) wire: Wire,
+    pub(crate) chunk_rows_max: usize,
+    pub(crate) step_rows_max: usize,
+    pub(crate) n_pages: usize,
+    pub(crate) page_positions: usize,
+    pub(crate) context_max: usize,
+    pub(crate) running_max: usize,
+    pub(crate) queue_max: usize,
+    pub(crate) expert_wait: Duration,
+    pub(crate) dispatch_timeout: Duration,
+}
+
+impl Args {
+    /// All that is wrong with the flags for this model, at once.
+    pub(crate) fn limits(&self, config: &ModelConfig) -> anyhow::Result<Limits> {
+        let zero: Vec<&str> = [
+            ("--chunk", self.chunk),
+            ("--step-rows", self.step_rows),
+            ("--page-positions", self.page_positions),
+            ("--running-max", self.running_max),
+            ("--pages", self.pages.unwrap_or(1)),
+            ("--context-max", self.context_max.unwrap_or(1)),
+            ("--threads", self.threads.unwrap_or(1)),
+        ]
+        .into_iter()
+        .filter_map(|(flag, value)| (value == 0).then_some(flag))
+        .collect();
+        ensure!(zero.is_empty(), "must not be 0: {}", zero.join(", "));
+        let combine = match (self.combine, self.wire) {
+            (None, Wire::F32) => Combine::Exact,
+            (None, Wire::Bf16) => Combine::Fast,
+            (Some(Combine::Exact | Combine::Pairs), Wire::Bf16) => {
+                bail!("--wire bf16 rounds what it carries, so it goes with --combine fast only")
+            }
+            (Some(combine), _) => combine,
+        };
+        let context_max = self.context_max.unwrap_or(config.max_position_embeddings);
+        ensure!(
+            context_max <= config.max_position_embeddings,
+            "--context-max {context_max} is more than the checkpoint's max_position_embeddings {}",
+            config.max_position_embeddings
+        );
+        let page_bytes = Pages::page_bytes(config, self.page_positions);
+        let n_pages = self.pages.unwrap_or_else(|| {
+            let wanted = DEFAULT_CONTEXTS * context_max.div_ceil(self.page_positions);
+            wanted.min(DEFAULT_CACHE_BYTES_MAX / page_bytes).max(1)
+        });
+        n_pages
+            .checked_mul(page_bytes)
+            .filter(|&bytes| bytes <= isize::MAX as usize && n_pages <= u32::MAX as usize)
+            .with_context(|| {
+                format!("--pages {n_pages} of {page_bytes} bytes are more than a machine can address")
+            })?;
+        Ok(Limits {
+            combine,
+            wire: self.wire,
+            chunk_rows_max: self.chunk,
+            step_rows_max: self.step_rows,
+            n_pages,
+            page_positions: self.page_positions,
+            context_max,
+            running_max: self.running_max,
+            queue_max: self.queue_max,
+            expert_wait: self.expert_wait,
+            dispatch_timeout: self.dispatch_timeout,
+        })
+    }
+}
+
+impl Limits {
+    /// Positions that the KV cache holds.
+    pub(crate) const fn capacity(&self) -> usize {
+        self.n_pages * self.page_positions
+    }
+
+    /// Most tokens a sequence with this prompt can generate. The last one needs no place in the cache.
+    pub(crate) fn tokens_max(&self, n_prompt: usize) -> usize {
+        let by_context = self.context_max.saturating_sub(n_prompt);
+        let by_cache = (self.capacity() + 1).saturating_sub(n_prompt);
+        by_context.min(by_cache)
+    }
+}

@@ -1,0 +1,291 @@
+//! The engine: one thread that owns model, cache and scheduler, and steps many sequences together. It never does I/O;
+//! commands come in through a channel, tokens go out through one for each sequence.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use cluster::table;
+use model::{Backbone, Pages, Span};
+use proto::{Code, Error};
+
+use crate::{
+    args::{Combine, Limits},
+    calibrate::calibrate,
+    forward::{CombineMode, Fate, Forward, Step, forward},
+    remote::Remote,
+    sampling::sample,
+    scheduler::{RETRY_AFTER, Scheduled, Scheduler},
+    sequence::{Event, Parked, Sequence},
+    stats::Stats,
+};
+
+/// What the edge tells the engine.
+pub(crate) enum Command {
+    Submit(Box<Sequence>),
+    /// Something changed that may matter: a caller went away, the table has a new version.
+    Wake,
+    Stop,
+}
+
+/// How often an engine looks again at what waits for experts or for callers to go away.
+const IDLE_TICK: Duration = Duration::from_millis(100);
+
+pub(crate) struct Engine {
+    backbone: Arc<Backbone>,
+    pages: Pages,
+    scheduler: Scheduler,
+    remote: Remote,
+    mode: CombineMode,
+    calibrated: bool,
+    calibrate_at: Instant,
+    stats: Arc<Stats>,
+}
+
+enum Turn {
+    Worked,
+    /// Nothing can be computed, but something waits.
+    Waiting,
+    Idle,
+}
+
+impl Engine {
+    pub(crate) fn new(backbone: Arc<Backbone>, limits: &Limits, remote: Remote, stats: Arc<Stats>) -> Self {
+        Self {
+            pages: Pages::new(backbone.config(), limits.n_pages, limits.page_positions),
+            scheduler: Scheduler::new(limits),
+            remote,
+            mode: CombineMode::new(limits),
+            calibrated: limits.combine != Combine::Exact,
+            calibrate_at: now(),
+            stats,
+            backbone,
+        }
+    }
+
+    /// Serves commands until told to stop, or until nobody can send any.
+    pub(crate) fn run(mut self, commands: &mpsc::Receiver<Command>) {
+        let mut turn = Turn::Waiting;
+        loop {
+            let first = match turn {
+                Turn::Worked => commands.try_recv().ok(),
+                Turn::Waiting => commands.recv_timeout(IDLE_TICK).ok(),
+                Turn::Idle => match commands.recv() {
+                    Ok(command) => Some(command),
+                    Err(mpsc::RecvError) => return,
+                },
+            };
+            for command in first.into_iter().chain(commands.try_iter()) {
+                match command {
+                    Command::Submit(sequence) => self.scheduler.submit(*sequence),
+                    Command::Wake => {}
+                    Command::Stop => return,
+                }
+            }
+            self.stats.begin_turn(now());
+            turn = self.step(now());
+            self.stats.end_turn();
+            self.stats.publish(&self.scheduler, &self.remote);
+        }
+    }
+
+    /// One turn: schedule → forward → sample.
+    fn step(&mut self, now: Instant) -> Turn {
+        let view = self.remote.view();
+        if !self.calibrated && !self.try_calibrate(now) {
+            self.scheduler.drop_cancelled();
+            let missing = view
+                .table
+                .missing(self.backbone.config().moe_layers(), self.backbone.config().n_routed_experts);
+            self.scheduler.fail_overdue(now, || not_started(&missing));
+            return Turn::Waiting;
+        }
+        let batch = self.scheduler.schedule(now, &view.table);
+        if batch.is_empty() {
+            let waits = self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
+            return if waits { Turn::Waiting } else { Turn::Idle };
+        }
+        let result = self.forward(&batch);
+        let finished = self.deliver(&batch, result, now);
+        self.scheduler.remove(&finished);
+        self.stats.count_step();
+        Turn::Worked
+    }
+
+    fn try_calibrate(&mut self, now: Instant) -> bool {
+        let config = self.backbone.config();
+        let view = self.remote.view();
+        if now < self.calibrate_at
+            || !view.table.missing(config.moe_layers(), config.n_routed_experts).is_empty()
+        {
+            return false;
+        }
+        match calibrate(&self.backbone, &mut self.remote, &mut self.mode) {
+            Ok(()) => {
+                self.calibrated = true;
+                self.stats.set_calibrated();
+                tracing::info!(layers = self.mode.grids.len(), "calibrated exact combine");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "calibration failed, trying again");
+                self.calibrate_at = now + RETRY_AFTER;
+            }
+        }
+        self.calibrated
+    }
+
+    fn forward(&mut self, batch: &[Scheduled]) -> Forward {
+        // Participants are noted during the step while tokens and pages are read: taken out for its time.
+        let mut participants: Vec<_> = batch
+            .iter()
+            .map(|scheduled| std::mem::take(&mut self.scheduler.running_mut(scheduled.sequence).participants))
+            .collect();
+        let sequences =
+            batch.iter().map(|scheduled| (scheduled, &self.scheduler.running()[scheduled.sequence]));
+        let mut step = Step {
+            ids: sequences
+                .clone()
+                .flat_map(|(scheduled, sequence)| {
+                    &sequence.tokens[sequence.n_computed..][..scheduled.rows.len()]
+                })
+                .copied()
+                .collect(),
+            spans: sequences
+                .map(|(scheduled, sequence)| Span {
+                    rows: scheduled.rows.clone(),
+                    position: sequence.n_computed,
+                    pages: &sequence.pages,
+                })
+                .collect(),
+            participants: participants.iter_mut().collect(),
+        };
+        let result = forward(&self.backbone, &mut step, &mut self.pages, &mut self.remote, &self.mode);
+        for (scheduled, participants) in batch.iter().zip(participants) {
+            self.scheduler.running_mut(scheduled.sequence).participants = participants;
+        }
+        result
+    }
+
+    /// Turns what was computed into tokens, and what was not into waiting or errors. Gives the sequences that ended.
+    fn deliver(&mut self, batch: &[Scheduled], result: Forward, now: Instant) -> Vec<usize> {
+        let mut finished = Vec::new();
+        let mut rows = RowsToHead::default();
+        for (scheduled, fate) in batch.iter().zip(result.fates) {
+            let sequence = self.scheduler.running_mut(scheduled.sequence);
+            match fate {
+                Fate::Done => {
+                    rows.want(sequence, scheduled);
+                    sequence.n_computed += scheduled.rows.len();
+                    sequence.progress_at = now;
+                }
+                Fate::Missing { layer, experts, last_failure } => {
+                    let missing = BTreeMap::from([(layer, experts)]);
+                    self.scheduler.park(
+                        scheduled.sequence,
+                        Parked { missing, last_failure, retry_at: now + RETRY_AFTER },
+                    );
+                }
+                Fate::NotFinite { layer } => {
+                    let message = format!("hidden states are not finite at layer {layer}");
+                    sequence.send(Event::Failed(Error::new(Code::Internal, "not_finite", message)));
+                    finished.push(scheduled.sequence);
+                }
+            }
+        }
+        let vocab_size = self.backbone.config().vocab_size;
+        let logits = rows.logits(&self.backbone, &result.hidden);
+        for (wanted, logits) in rows.wanted.iter().zip(rows.split(&logits, vocab_size)) {
+            let sequence = self.scheduler.running_mut(wanted.sequence);
+            if wanted.as_prompt_logits > 0 {
+                let values = logits[..wanted.as_prompt_logits * vocab_size].to_vec();
+                sequence.send(Event::PromptLogits { first_position: sequence.n_logits_sent, values });
+                sequence.n_logits_sent += wanted.as_prompt_logits;
+            }
+            if sequence.n_pending() == 0 {
+                let last = &logits[logits.len() - vocab_size..];
+                let position = sequence.n_generated() as u64;
+                let drawn = sample(last, &sequence.request.sampling, position, sequence.request.top_logprobs);
+                self.stats.count_token();
+                if let Some(finish) = sequence.push(drawn) {
+                    sequence.finish(finish);
+                    finished.push(wanted.sequence);
+                }
+            }
+        }
+        finished.sort_unstable();
+        finished
+    }
+}
+
+/// The rows of a step whose logits somebody wants.
+#[derive(Default)]
+struct RowsToHead {
+    rows: Vec<usize>,
+    wanted: Vec<Wanted>,
+}
+
+struct Wanted {
+    sequence: usize,
+    n_rows: usize,
+    /// How many of them, from the first, are prompt positions to be reported.
+    as_prompt_logits: usize,
+}
+
+impl RowsToHead {
+    /// Call before `n_computed` moves on.
+    fn want(&mut self, sequence: &Sequence, scheduled: &Scheduled) {
+        let n_rows = scheduled.rows.len();
+        let first = sequence.n_computed;
+        let n_prompt = sequence.request.prompt.len();
+        // After a preemption the prompt is computed again; what was sent is not sent twice.
+        let skip = if sequence.request.prompt_logits {
+            sequence.n_logits_sent.saturating_sub(first)
+        } else {
+            n_rows
+        };
+        let as_prompt_logits = n_prompt.saturating_sub(first).min(n_rows).saturating_sub(skip);
+        let draws = sequence.n_pending() == n_rows;
+        let start = match (as_prompt_logits, draws) {
+            (0, false) => return,
+            (0, true) => n_rows - 1,
+            (1.., _) => skip,
+        };
+        self.rows.extend(scheduled.rows.clone().skip(start));
+        self.wanted.push(Wanted { sequence: scheduled.sequence, n_rows: n_rows - start, as_prompt_logits });
+    }
+
+    /// `[wanted rows, vocab]`
+    fn logits(&self, backbone: &Backbone, hidden: &[f32]) -> Vec<f32> {
+        let hidden_size = backbone.config().hidden_size;
+        let gathered: Vec<f32> =
+            self.rows.iter().flat_map(|row| &hidden[row * hidden_size..][..hidden_size]).copied().collect();
+        if gathered.is_empty() { Vec::new() } else { backbone.logits(&gathered) }
+    }
+
+    fn split<'a>(&self, mut logits: &'a [f32], vocab_size: usize) -> impl Iterator<Item = &'a [f32]> {
+        self.wanted.iter().map(move |wanted| {
+            let (own, rest) = logits.split_at(wanted.n_rows * vocab_size);
+            logits = rest;
+            own
+        })
+    }
+}
+
+fn not_started(missing: &BTreeMap<ids::LayerId, Vec<ids::ExpertId>>) -> Error {
+    let message = if missing.is_empty() {
+        "the router is still calibrating".to_owned()
+    } else {
+        format!("no live server holds {}", table::describe(missing))
+    };
+    Error::new(Code::Unavailable, "experts_missing", message)
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the engine's loop is where time enters; everything below takes it"
+)]
+fn now() -> Instant {
+    Instant::now()
+}

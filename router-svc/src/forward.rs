@@ -1,0 +1,167 @@
+//! The layer loop. Reads like the paper: attend, gate, dispatch, shared experts meanwhile, combine.
+
+use std::collections::BTreeMap;
+
+use ids::{ExpertId, LayerId};
+use model::{Backbone, FeedForward, Pages, Span};
+use proto::{
+    Error,
+    frame::{self, Grid},
+    rows::Dtype,
+};
+
+use crate::{
+    args::{Combine, Limits},
+    combine::{Combined, add, combine},
+    dispatch::Activations,
+    remote::Remote,
+    sequence::Participants,
+};
+
+/// How the router combines, with the grid of each layer where it needs one.
+#[derive(Clone, Debug)]
+pub(crate) struct CombineMode {
+    pub(crate) mode: frame::Combine,
+    /// By layer, for exact combine.
+    pub(crate) grids: BTreeMap<LayerId, Grid>,
+    pub(crate) dtype: Dtype,
+}
+
+impl CombineMode {
+    /// Before calibration there are no grids, and exact combine falls back to pairs: the calibration itself uses it.
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let mode = match limits.combine {
+            Combine::Exact | Combine::Pairs => frame::Combine::Pairs,
+            Combine::Fast => frame::Combine::Fast,
+        };
+        Self { mode, grids: BTreeMap::new(), dtype: limits.wire.dtype() }
+    }
+
+    fn of(&self, layer: LayerId) -> frame::Combine {
+        self.grids.get(&layer).map_or(self.mode, |&grid| frame::Combine::Exact(grid))
+    }
+}
+
+/// What became of the rows of one span.
+#[derive(Debug)]
+pub(crate) enum Fate {
+    Done,
+    /// Nobody could compute these experts. The step can be repeated: it writes the same cache rows again.
+    Missing {
+        layer: LayerId,
+        experts: Vec<ExpertId>,
+        last_failure: Option<Error>,
+    },
+    /// The hidden state itself went wrong, which no other server can mend.
+    NotFinite {
+        layer: LayerId,
+    },
+}
+
+/// One step's rows, the sequences' spans over them and who worked on each.
+pub(crate) struct Step<'a> {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) spans: Vec<Span<'a>>,
+    pub(crate) participants: Vec<&'a mut Participants>,
+}
+
+pub(crate) struct Forward {
+    /// `[rows, hidden]` after the last layer, before the final norm.
+    pub(crate) hidden: Vec<f32>,
+    /// One for each span.
+    pub(crate) fates: Vec<Fate>,
+    /// By layer: the largest weighted contribution of an expert. Only pairs show it.
+    pub(crate) contribution_max: BTreeMap<LayerId, f32>,
+}
+
+pub(crate) fn forward(
+    backbone: &Backbone,
+    step: &mut Step<'_>,
+    pages: &mut Pages,
+    remote: &mut Remote,
+    mode: &CombineMode,
+) -> Forward {
+    let mut fates: Vec<Fate> = step.spans.iter().map(|_| Fate::Done).collect();
+    let mut contribution_max = BTreeMap::new();
+    let mut hidden = backbone.embed(&step.ids); // [rows, hidden]
+    for layer in backbone.layers() {
+        layer.attend(&mut hidden, &step.spans, pages);
+        let normed = layer.post_attention_layernorm(&hidden);
+        let update = match layer.feed_forward() {
+            FeedForward::Dense(mlp) => mlp.apply(&normed),
+            FeedForward::Routed(moe) => {
+                let activations = Activations {
+                    layer: layer.id(),
+                    hidden_size: backbone.config().hidden_size,
+                    dtype: mode.dtype,
+                    assignments: moe.gate(&normed), // [rows, topk]
+                    normed,
+                };
+                let rows = live_rows(&activations, step, &mut fates);
+                let flight = remote.dispatch(activations, rows, mode.of(layer.id()));
+                let shared = moe.shared(&flight.activations().normed); // while the experts work
+                note_participants(flight.activations(), step);
+                let landed = remote.land(flight);
+                note_contributions(layer.id(), &landed.pairs, &mut contribution_max);
+                let combined = combine(landed, shared);
+                settle(layer.id(), &combined, step, &mut fates);
+                combined.update
+            }
+        };
+        add(&mut hidden, &update);
+    }
+    Forward { hidden, fates, contribution_max }
+}
+
+/// The rows worth sending: of spans that are still whole, with finite numbers.
+fn live_rows(activations: &Activations, step: &Step<'_>, fates: &mut [Fate]) -> Vec<usize> {
+    let mut rows = Vec::with_capacity(activations.n_rows());
+    for (span, fate) in step.spans.iter().zip(fates) {
+        if !matches!(fate, Fate::Done) {
+            continue;
+        }
+        if span.rows.clone().any(|row| activations.row(row).iter().any(|value| !value.is_finite())) {
+            *fate = Fate::NotFinite { layer: activations.layer };
+        } else {
+            rows.extend(span.rows.clone());
+        }
+    }
+    rows
+}
+
+fn note_participants(activations: &Activations, step: &mut Step<'_>) {
+    let top_k = activations.top_k();
+    for (span, participants) in step.spans.iter().zip(&mut step.participants) {
+        let chosen = &activations.assignments.experts[span.rows.start * top_k..span.rows.end * top_k];
+        participants.experts.extend(chosen.iter().map(|&expert| (activations.layer, expert)));
+    }
+}
+
+fn note_contributions(
+    layer: LayerId,
+    pairs: &BTreeMap<usize, Vec<Vec<f32>>>,
+    contribution_max: &mut BTreeMap<LayerId, f32>,
+) {
+    let values = pairs.values().flatten().flatten();
+    if let Some(max) = values.map(|value| value.abs()).reduce(f32::max) {
+        contribution_max.insert(layer, max);
+    }
+}
+
+/// Marks the spans that lost a row, and notes who served the others.
+fn settle(layer: LayerId, combined: &Combined, step: &mut Step<'_>, fates: &mut [Fate]) {
+    for ((span, participants), fate) in step.spans.iter().zip(&mut step.participants).zip(fates) {
+        for (holder, rows) in &combined.served {
+            if !participants.servers.contains(holder) && rows.iter().any(|row| span.rows.contains(row)) {
+                participants.servers.insert(holder.clone());
+            }
+        }
+        let mut experts: Vec<ExpertId> =
+            combined.lost.range(span.rows.clone()).flat_map(|(_, experts)| experts.iter().copied()).collect();
+        if !experts.is_empty() {
+            experts.sort_unstable();
+            experts.dedup();
+            *fate = Fate::Missing { layer, experts, last_failure: combined.last_failure.clone() };
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Assembles engine thread, links and API; drains in order.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicUsize, mpsc},
+};
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use model::{Backbone, Checkpoint};
+use proto::v1::{self, router_server::RouterServer};
+use telemetry::Tasks;
+use tokio::net::TcpListener;
+use tonic::transport::{Server, server::TcpIncoming};
+
+use crate::{
+    api::Api,
+    args::Args,
+    engine::{Command, Engine},
+    link::{Identity, Links},
+    remote::{Remote, View},
+    stats::Stats,
+};
+
+/// Serves until `tasks` shuts down. `ready` is called once requests can come in; experts may still be missing then,
+/// and `Status` says which.
+pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+    if let Some(threads) = args.threads {
+        model::set_threads(threads).context("cannot set the number of compute threads")?;
+    }
+    let listener =
+        TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    let address = listener.local_addr().context("the listening socket has no address")?;
+
+    let path = args.model.clone();
+    let (checkpoint, backbone) = tokio::task::spawn_blocking(move || -> Result<_, model::Error> {
+        let checkpoint = Checkpoint::open(&path)?;
+        let backbone = Backbone::load(&checkpoint)?;
+        Ok((checkpoint, backbone))
+    })
+    .await?
+    .with_context(|| format!("cannot load checkpoint {}", args.model.display()))?;
+    let limits = args.limits(backbone.config())?;
+    let config = backbone.config().clone();
+    let instance = format!("router-{}", uuid::Uuid::new_v4().simple());
+
+    let (commands, inbox) = mpsc::channel();
+    let (events, replies) = mpsc::channel();
+    let view = Arc::new(ArcSwap::from_pointee(View::default()));
+    let stats = Arc::new(Stats::default());
+    let remote = Remote::new(Arc::clone(&view), replies, limits.dispatch_timeout);
+    let engine = Engine::new(Arc::new(backbone), &limits, remote, Arc::clone(&stats));
+    let engine = std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || engine.run(&inbox))
+        .context("cannot start the engine's thread")?;
+
+    let identity =
+        Identity { checkpoint: checkpoint.fingerprint().to_owned(), hidden_size: config.hidden_size };
+    let links = Links::new(identity, view, events, commands.clone());
+    // Links outlive the drain: running requests need their experts until the end.
+    let link_tasks = Tasks::new();
+    for address in args.registry.addresses() {
+        links.keep(address.clone(), &link_tasks);
+    }
+
+    let api = Api {
+        instance: instance.clone(),
+        checkpoint: checkpoint.fingerprint().to_owned(),
+        config,
+        limits,
+        stats,
+        links,
+        commands: commands.clone(),
+        open_streams: Arc::new(AtomicUsize::new(0)),
+        tasks: tasks.clone(),
+    };
+    tracing::info!(%address, %instance, checkpoint = checkpoint.fingerprint(), "router listens");
+    ready(address);
+    let served = serve(listener, api, &tasks);
+    let deadline = async {
+        tasks.shutting_down().await;
+        tokio::time::sleep(args.drain_timeout).await;
+    };
+    tokio::select! {
+        result = served => result.context("the gRPC server failed")?,
+        () = deadline => tracing::warn!(timeout = ?args.drain_timeout, "drain timed out, requests are cut off"),
+    }
+
+    link_tasks.begin_shutdown();
+    let _engine_gone = commands.send(Command::Stop);
+    let joined = tokio::task::spawn_blocking(move || engine.join()).await?;
+    anyhow::ensure!(joined.is_ok(), "the engine's thread panicked");
+    link_tasks.join(args.drain_timeout).await;
+    tracing::info!(%instance, "router stopped");
+    Ok(())
+}
+
+async fn serve(listener: TcpListener, api: Api, tasks: &Tasks) -> anyhow::Result<()> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<RouterServer<Api>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let router = RouterServer::new(api)
+        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
+    let shutdown = async {
+        tasks.shutting_down().await;
+        health.set_not_serving::<RouterServer<Api>>().await;
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    };
+    Server::builder()
+        .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
+        .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(router)
+        // Not `TcpListenerStream`: it leaves Nagle's algorithm on, which costs 40 ms a token now and then.
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown)
+        .await?;
+    Ok(())
+}
