@@ -1,1 +1,20 @@
+//! An expert server: holds some routed experts of a checkpoint and computes them for routers.
+//!
+//! A frame's way, in order: [`stream`] receives it, [`engine`] queues it, [`shard`] computes it with [`group`]
+//! (rows by expert) and [`combine`] (weighted sums), [`slot`] carries the reply back. Frames are stateless: nothing
+//! is kept between two of them, so any holder of the same experts gives the same bits.
 
+mod api;
+mod args;
+mod combine;
+mod counters;
+mod engine;
+mod group;
+mod service;
+mod shard;
+mod slot;
+mod stream;
+
+pub use args::Args;
+pub use service::run;
+pub use stream::FRAMES_PER_STREAM_MAX;

@@ -1,0 +1,126 @@
+//! The sync core: frames of all streams wait in one bounded queue and are computed one after the other, each by all
+//! threads. Knows no gRPC and no tensors.
+//!
+//! One at a time, because a frame alone can use the whole memory bandwidth, and because two at once would finish
+//! late together: a thread that waits for its part of the first may steal the whole second.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proto::{Code, Error, Frame, Reply, frame::Computed};
+use rayon::{ThreadPoolBuildError, ThreadPoolBuilder};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{combine::Combined, counters::Receipt, slot::Slot};
+
+/// Frames of all streams that wait to be computed, at most 4 MiB of rows each. When the queue is full, streams are
+/// not read.
+pub(crate) const FRAMES_QUEUED_MAX: usize = 64;
+
+pub(crate) type Compute = dyn Fn(&Frame) -> Result<Combined, Error> + Send + Sync;
+pub(crate) type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
+
+/// A frame with all that its answer needs.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) frame: Frame,
+    /// The frame's timeout runs from here.
+    pub(crate) received: Instant,
+    pub(crate) slot: Slot,
+    pub(crate) receipt: Receipt,
+}
+
+/// The compute threads. They end when every clone of the queue is dropped and what it held is answered.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    queue: mpsc::Sender<Job>,
+    ended: oneshot::Receiver<()>,
+}
+
+impl Engine {
+    pub(crate) fn start(
+        threads: usize,
+        compute: Arc<Compute>,
+        clock: Clock,
+    ) -> Result<Self, ThreadPoolBuildError> {
+        let pool =
+            ThreadPoolBuilder::new().num_threads(threads).thread_name(|at| format!("expert-{at}")).build()?;
+        let (queue, mut jobs) = mpsc::channel::<Job>(FRAMES_QUEUED_MAX);
+        let (ending, ended) = oneshot::channel();
+        // The loop is itself a task of the pool: its thread computes too, and what is too small to share is
+        // computed without a thread being woken. The pool lives as long as the loop.
+        pool.spawn(move || {
+            while let Some(job) = jobs.blocking_recv() {
+                job.run(&*compute, &*clock);
+            }
+            drop(ending);
+        });
+        Ok(Self { queue, ended })
+    }
+
+    pub(crate) fn queue(&self) -> mpsc::Sender<Job> {
+        self.queue.clone()
+    }
+
+    /// Waits until everything queued is answered and every other clone of the queue is dropped.
+    pub(crate) async fn end(self) {
+        drop(self.queue);
+        // An error says that the sender is gone: that is the end waited for.
+        let _ended = self.ended.await;
+    }
+}
+
+impl Job {
+    fn run(self, compute: &Compute, clock: &dyn Fn() -> Instant) {
+        // The router left: its frame is dropped uncomputed.
+        if self.slot.is_abandoned() {
+            return;
+        }
+        let Self { frame, received, slot, receipt } = self;
+        let started = clock();
+        let outcome = match frame.timeout {
+            Some(timeout) if started.duration_since(received) > timeout => {
+                Err(late(&frame, started.duration_since(received), timeout))
+            }
+            Some(_) | None => computed(&frame, compute).map(|combined| Computed {
+                rows: combined.rows,
+                overflow_rows: combined.overflow_rows,
+                compute_time: clock().duration_since(started),
+            }),
+        };
+        // Counted before it is sent: who has the reply sees it in the counters.
+        match &outcome {
+            Ok(_) => receipt.computed(&frame),
+            Err(_) => receipt.failed(),
+        }
+        slot.reply(Reply { id: frame.id, outcome });
+    }
+}
+
+/// A panic is a fault of ours: it fails its frame and not the server.
+fn computed(frame: &Frame, compute: &Compute) -> Result<Combined, Error> {
+    // Unwind safe: all that is shared with the next frame are weights, which nobody writes.
+    let outcome = catch_unwind(AssertUnwindSafe(|| compute(frame))).unwrap_or_else(|_| {
+        Err(Error::internal(format!(
+            "frame {} (layer {}) panicked while it was computed",
+            frame.id, frame.layer
+        )))
+    });
+    if let Err(error) = &outcome
+        && error.code == Code::Internal
+    {
+        tracing::error!(frame = %frame.id, layer = %frame.layer, reason = %error.reason, %error, "frame failed");
+    }
+    outcome
+}
+
+fn late(frame: &Frame, waited: Duration, timeout: Duration) -> Error {
+    Error::new(
+        Code::DeadlineExceeded,
+        "deadline_exceeded",
+        format!("frame {} waited {waited:?} to be computed, its timeout is {timeout:?}", frame.id),
+    )
+}

@@ -1,0 +1,161 @@
+//! One router's dispatch stream: receive → queue → reply. The engine computes; nothing here may block.
+
+use std::sync::Arc;
+
+use futures_util::{Stream, StreamExt as _};
+use ids::FrameId;
+use proto::{
+    Code, Error, Frame, MESSAGE_BYTES_MAX, Reply,
+    frame::{Combine, FRAME_BYTES_MAX},
+    v1,
+};
+use telemetry::Tasks;
+use tokio::sync::{Semaphore, mpsc};
+use tonic::Status;
+
+use crate::{
+    counters::Counters,
+    engine::{Clock, Job},
+    slot::{self, Replies, Slot, Slots},
+};
+
+/// Frames of one stream that are read but whose replies the transport has not taken. At the limit the stream is not
+/// read, and HTTP/2 flow control stops its router.
+pub const FRAMES_PER_STREAM_MAX: usize = 8;
+
+/// Dispatch streams open at once, one a router. The next is refused.
+pub(crate) const STREAMS_MAX: u32 = 256;
+
+/// Bytes of rows in a reply: what is left of a message holds its other fields with room to spare.
+const REPLY_BYTES_MAX: usize = MESSAGE_BYTES_MAX - (1 << 20);
+
+/// What all streams share.
+#[derive(Clone)]
+pub(crate) struct Streams {
+    pub(crate) hidden_size: usize,
+    pub(crate) queue: mpsc::Sender<Job>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) clock: Clock,
+    pub(crate) tasks: Tasks,
+    /// A permit each open stream.
+    open: Arc<Semaphore>,
+}
+
+impl Streams {
+    pub(crate) fn new(
+        hidden_size: usize,
+        queue: mpsc::Sender<Job>,
+        counters: Arc<Counters>,
+        clock: Clock,
+        tasks: Tasks,
+    ) -> Self {
+        let open = Arc::new(Semaphore::new(STREAMS_MAX as usize));
+        Self { hidden_size, queue, counters, clock, tasks, open }
+    }
+
+    /// Serves `frames` until they end, they break, or the server drains.
+    pub(crate) fn open(
+        &self,
+        frames: impl Stream<Item = Result<v1::Frame, Status>> + Send + Unpin + 'static,
+    ) -> Result<Replies, Error> {
+        if self.tasks.is_shutting_down() {
+            return Err(Error::new(Code::Unavailable, "draining", "this expert server is draining"));
+        }
+        let Ok(open) = Arc::clone(&self.open).try_acquire_owned() else {
+            let message = format!("{STREAMS_MAX} dispatch streams are open, no more are taken");
+            return Err(Error::new(Code::Overloaded, "streams_max", message));
+        };
+        let (slots, replies) = slot::channel(FRAMES_PER_STREAM_MAX, open);
+        self.tasks.spawn("dispatch", self.clone().serve(frames, slots));
+        Ok(replies)
+    }
+
+    pub(crate) fn n_open(&self) -> u32 {
+        STREAMS_MAX - u32::try_from(self.open.available_permits()).unwrap_or(STREAMS_MAX)
+    }
+
+    /// Resolves when no stream is open; none can be opened while this waits.
+    pub(crate) async fn closed(&self) {
+        // An error would say that the semaphore is closed, which nobody does.
+        let _all = self.open.acquire_many(STREAMS_MAX).await;
+    }
+
+    /// Ends when the router is done or gone, or at drain: frames not read by then are for the router to send
+    /// elsewhere, and the replies end when those that were read are answered.
+    async fn serve(self, mut frames: impl Stream<Item = Result<v1::Frame, Status>> + Unpin, slots: Slots) {
+        loop {
+            // Both waits of `next` are cancel safe: a slot goes back, a frame not yet whole stays in `frames`.
+            let next = async {
+                let slot = slots.reserve().await?;
+                Some((frames.next().await?, slot))
+            };
+            let received = tokio::select! {
+                biased;
+                () = self.tasks.shutting_down() => None,
+                () = slots.abandoned() => None,
+                received = next => received,
+            };
+            match received {
+                Some((Ok(frame), slot)) => self.receive(frame, slot).await,
+                Some((Err(status), slot)) => {
+                    tracing::debug!(%status, "dispatch stream broke");
+                    return slot.end(status);
+                }
+                None => return,
+            }
+        }
+    }
+
+    async fn receive(&self, wire: v1::Frame, slot: Slot) {
+        let received = (self.clock)();
+        let receipt = self.counters.receive();
+        let id = FrameId(wire.id);
+        match checked(wire, self.hidden_size) {
+            Ok(frame) => {
+                let job = Job { frame, received, slot, receipt };
+                if let Err(mpsc::error::SendError(Job { slot, receipt, .. })) = self.queue.send(job).await {
+                    receipt.failed();
+                    slot.reply(Reply { id, outcome: Err(Error::internal("the compute threads have ended")) });
+                }
+            }
+            Err(error) => {
+                tracing::debug!(frame = %id, reason = %error.reason, %error, "frame refused");
+                receipt.failed();
+                slot.reply(Reply { id, outcome: Err(error) });
+            }
+        }
+    }
+}
+
+/// A frame whose parts agree and whose reply fits a message.
+fn checked(wire: v1::Frame, hidden_size: usize) -> Result<Frame, Error> {
+    let frame = Frame::from_wire(wire, hidden_size)?;
+    let row_bytes = frame.rows.width() * frame.rows.dtype().bytes();
+    if frame.rows.n_bytes() > FRAME_BYTES_MAX {
+        return Err(Error::new(
+            Code::TooLarge,
+            "frame_too_large",
+            format!(
+                "the frame has {} rows of {row_bytes} bytes, its limit is {FRAME_BYTES_MAX} bytes",
+                frame.rows.n_rows()
+            ),
+        )
+        .with_param("rows"));
+    }
+    if frame.combine == Combine::Pairs && frame.assignments.len().saturating_mul(row_bytes) > REPLY_BYTES_MAX
+    {
+        return Err(Error::new(
+            Code::TooLarge,
+            "reply_too_large",
+            format!(
+                "the reply would have {} rows of {row_bytes} bytes, its limit is {REPLY_BYTES_MAX} bytes",
+                frame.assignments.len()
+            ),
+        )
+        .with_param("assignment_row"));
+    }
+    Ok(frame)
+}
+
+#[cfg(test)]
+mod tests;
