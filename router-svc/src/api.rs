@@ -125,6 +125,7 @@ impl Api {
             id: request.request_id,
             prompt: request.prompt_ids,
             tokens_max,
+            tokens_min: request.tokens_min as usize,
             sampling: checked_sampling(request.sampling.unwrap_or_default())?,
             stop_ids,
             top_logprobs: top_logprobs as usize,

@@ -16,7 +16,7 @@ use crate::{
     calibrate::calibrate,
     forward::{CombineMode, Fate, Forward, Step, forward},
     remote::Remote,
-    sampling::sample,
+    sampling::{Draw, sample},
     scheduler::{RETRY_AFTER, Scheduled, Scheduler},
     sequence::{Event, Parked, Sequence},
     stats::Stats,
@@ -205,8 +205,12 @@ impl Engine {
             }
             if sequence.n_pending() == 0 {
                 let last = &logits[logits.len() - vocab_size..];
-                let position = sequence.n_generated() as u64;
-                let drawn = sample(last, &sequence.request.sampling, position, sequence.request.top_logprobs);
+                let draw = Draw {
+                    position: sequence.n_generated() as u64,
+                    banned: sequence.banned_ids(),
+                    n_top: sequence.request.top_logprobs,
+                };
+                let drawn = sample(last, &sequence.request.sampling, draw);
                 self.stats.count_token();
                 if let Some(finish) = sequence.push(drawn) {
                     sequence.finish(finish);

@@ -32,8 +32,32 @@ pub(crate) struct Drawn {
     pub(crate) top: Vec<(u32, f32)>,
 }
 
-/// Draws the token at `position` from `logits` `[vocab]`; `n_top` candidates are reported beside it.
-pub(crate) fn sample(logits: &[f32], sampling: &Sampling, position: u64, n_top: usize) -> Drawn {
+/// What to draw beside the distribution.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Draw<'a> {
+    /// Position in the answer: each has its own random number.
+    pub(crate) position: u64,
+    /// Ids that must not be drawn, as if their logits were -inf.
+    pub(crate) banned: &'a [u32],
+    /// How many of the most likely tokens are reported.
+    pub(crate) n_top: usize,
+}
+
+/// Draws a token from `logits` `[vocab]`.
+pub(crate) fn sample(logits: &[f32], sampling: &Sampling, draw: Draw<'_>) -> Drawn {
+    if draw.banned.is_empty() {
+        return sample_allowed(logits, sampling, draw);
+    }
+    let mut allowed = logits.to_vec();
+    for &id in draw.banned {
+        if let Some(logit) = allowed.get_mut(id as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    sample_allowed(&allowed, sampling, draw)
+}
+
+fn sample_allowed(logits: &[f32], sampling: &Sampling, Draw { position, n_top, .. }: Draw<'_>) -> Drawn {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let id = if sampling.temperature > 0.0 { draw(logits, max, sampling, position) } else { argmax(logits) };
     let total: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
@@ -115,10 +139,19 @@ mod tests {
 
     const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 };
 
+    fn at(logits: &[f32], sampling: &Sampling, position: u64) -> Drawn {
+        sample(logits, sampling, Draw { position, ..Draw::default() })
+    }
+
+    #[test]
+    fn banned_ids_are_not_drawn() {
+        let draw = Draw { banned: &[1, 99], ..Draw::default() };
+        assert_eq!(sample(&[0.0, 2.0, 1.0], &GREEDY, draw).id, 2);
+    }
+
     fn seen(sampling: Sampling) -> Vec<u32> {
         let logits = [1.0, 4.0, 3.0, 2.0];
-        let mut seen: Vec<u32> =
-            (0..500).map(|position| sample(&logits, &sampling, position, 0).id).collect();
+        let mut seen: Vec<u32> = (0..500).map(|position| at(&logits, &sampling, position).id).collect();
         seen.sort_unstable();
         seen.dedup();
         seen
@@ -141,7 +174,7 @@ mod tests {
         let sampling = Sampling { temperature: 2.0, seed: 7, ..GREEDY };
         let logits: Vec<f32> = (0..64).map(|id| (id % 7) as f32).collect();
         let draws = |seed| -> Vec<u32> {
-            (0..40).map(|position| sample(&logits, &Sampling { seed, ..sampling }, position, 0).id).collect()
+            (0..40).map(|position| at(&logits, &Sampling { seed, ..sampling }, position).id).collect()
         };
         assert_eq!(draws(7), draws(7));
         assert_ne!(draws(7), draws(8));
@@ -151,13 +184,17 @@ mod tests {
     fn frequencies_follow_the_distribution() {
         let sampling = Sampling { temperature: 1.0, seed: 3, ..GREEDY };
         let logits = [0.0, f32::ln(3.0)];
-        let ones = (0..20_000).filter(|&position| sample(&logits, &sampling, position, 0).id == 1).count();
+        let ones = (0..20_000).filter(|&position| at(&logits, &sampling, position).id == 1).count();
         assert!((14_700..15_300).contains(&ones), "{ones} of 20000, 15000 expected");
     }
 
     #[test]
     fn logprobs_are_the_models_own() {
-        let drawn = sample(&[0.0, 2.0, 1.0, 2.0], &Sampling { temperature: 0.5, top_k: 1, ..GREEDY }, 0, 3);
+        let drawn = sample(
+            &[0.0, 2.0, 1.0, 2.0],
+            &Sampling { temperature: 0.5, top_k: 1, ..GREEDY },
+            Draw { n_top: 3, ..Draw::default() },
+        );
         assert_eq!(drawn.id, 1);
         assert_eq!(drawn.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3, 2]);
         let expected = 2.0 - (0f64.exp() + 2.0 * 2f64.exp() + 1f64.exp()).ln();

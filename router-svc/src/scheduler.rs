@@ -241,6 +241,7 @@ mod tests {
                 id: String::new(),
                 prompt: vec![1; n_prompt],
                 tokens_max: 50,
+                tokens_min: 0,
                 sampling,
                 stop_ids: Vec::new(),
                 top_logprobs: 0,

@@ -20,6 +20,8 @@ pub(crate) struct Request {
     pub(crate) prompt: Vec<u32>,
     /// At least 1.
     pub(crate) tokens_max: usize,
+    /// Stop ids are not drawn before so many tokens.
+    pub(crate) tokens_min: usize,
     pub(crate) sampling: Sampling,
     /// Ids that end the answer.
     pub(crate) stop_ids: Vec<u32>,
@@ -120,6 +122,11 @@ impl Sequence {
     /// Position of the next token in the answer.
     pub(crate) fn n_generated(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Ids that the next token must not be.
+    pub(crate) fn banned_ids(&self) -> &[u32] {
+        if self.n_generated() < self.request.tokens_min { &self.request.stop_ids } else { &[] }
     }
 
     /// A closed receiver is an ordinary cancellation: the scheduler sees it at the next step.
