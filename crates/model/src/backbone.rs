@@ -1,24 +1,71 @@
 //! Everything but the routed experts: embedding, layers, final norm, head.
-use crate::{Checkpoint, Error, Layer, ModelConfig};
 
-pub struct Backbone {}
+use std::sync::Arc;
+
+use ids::LayerId;
+
+use crate::{Checkpoint, Error, Layer, ModelConfig, kernels::rms_norm, rope::Rotary, storage::Linear};
+
+pub struct Backbone {
+    config: ModelConfig,
+    embed_tokens: Linear,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    lm_head: Linear,
+}
+
+const EMBED_TOKENS: &str = "model.embed_tokens.weight";
+const LM_HEAD: &str = "lm_head.weight";
 
 impl Backbone {
-    pub fn load(_checkpoint: &Checkpoint) -> Result<Self, Error> {
-        unimplemented!()
+    /// Maps the backbone's tensors; none of the routed experts'.
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self, Error> {
+        let config = checkpoint.config().clone();
+        let shape = [config.vocab_size, config.hidden_size];
+        // A head of its own is used where there is one, also beside `tie_word_embeddings`.
+        let head = match (checkpoint.tensors().contains_key(LM_HEAD), config.tie_word_embeddings) {
+            (true, _) => LM_HEAD,
+            (false, true) => EMBED_TOKENS,
+            (false, false) => {
+                return Err(Error::new(format!(
+                    "tensor {LM_HEAD} is missing and tie_word_embeddings is false"
+                )));
+            }
+        };
+        let rotary = Arc::new(Rotary::new(&config));
+        let layers = (0..config.num_hidden_layers as u32)
+            .map(|layer| Layer::load(checkpoint, LayerId(layer), Arc::clone(&rotary)))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            embed_tokens: checkpoint.linear(EMBED_TOKENS, shape)?,
+            layers,
+            norm: checkpoint.vector("model.norm.weight", config.hidden_size)?,
+            lm_head: checkpoint.linear(head, shape)?,
+            config,
+        })
     }
+
+    #[must_use]
     pub fn config(&self) -> &ModelConfig {
-        unimplemented!()
+        &self.config
     }
+
+    #[must_use]
     pub fn layers(&self) -> &[Layer] {
-        unimplemented!()
+        &self.layers
     }
+
     /// ids (each below vocab_size) → hidden `[rows, hidden]`.
-    pub fn embed(&self, _ids: &[u32]) -> Vec<f32> {
-        unimplemented!()
+    #[must_use]
+    pub fn embed(&self, ids: &[u32]) -> Vec<f32> {
+        let mut hidden = Vec::with_capacity(ids.len() * self.config.hidden_size);
+        ids.iter().for_each(|&id| self.embed_tokens.extend_row(id as usize, &mut hidden));
+        hidden
     }
+
     /// hidden `[rows, hidden]` → logits `[rows, vocab]`: final norm and head.
-    pub fn logits(&self, _hidden: &[f32]) -> Vec<f32> {
-        unimplemented!()
+    #[must_use]
+    pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
+        self.lm_head.apply(&rms_norm(hidden, &self.norm, self.config.rms_norm_eps), None)
     }
 }

@@ -1,21 +1,260 @@
-//! A Hugging Face folder → mapped tensors by published name.
-use std::path::Path;
-use crate::{Error, ModelConfig};
+//! A Hugging Face folder → mapped tensors by published name. Headers are read when the folder is opened; bytes of
+//! tensors are mapped range by range when somebody asks for them, so that a process maps only what it holds.
 
+mod header;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use memmap2::{Mmap, MmapOptions};
+
+use crate::{
+    Error, ModelConfig,
+    storage::{Dtype, Linear, Stored},
+};
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+/// Tensors of a file closer to each other than this share a mapping: a page.
+const MERGE_GAP_BYTES: u64 = 4096;
+
+/// What a header says of one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// As the file spells it: `F32`, `BF16`, `F8_E4M3`, …
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub n_bytes: u64,
+    /// Which of [`Checkpoint::files`].
+    pub file: usize,
+    offset: u64,
+}
+
+/// A checkpoint folder with its tensor headers.
 pub struct Checkpoint {
     config: ModelConfig,
+    files: Vec<PathBuf>,
+    tensors: BTreeMap<String, TensorInfo>,
+    fingerprint: String,
+}
+
+/// Mapped bytes of some tensors.
+pub(crate) struct Mapped {
+    tensors: BTreeMap<String, Stored>,
+    maps: Vec<Arc<Mmap>>,
 }
 
 impl Checkpoint {
-    /// Reads configs and tensor headers; maps nothing yet.
-    pub fn open(_dir: &Path) -> Result<Self, Error> {
-        unimplemented!()
+    /// Reads configs and tensor headers; maps nothing yet. Fails if a file that the index names is missing, cut short
+    /// or malformed, naming it.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        if !dir.is_dir() {
+            return Err(Error::new(format!("{} is not a folder", dir.display())));
+        }
+        let config = ModelConfig::load(dir)?;
+        let (files, index) = list_files(dir)?;
+        let mut tensors = BTreeMap::new();
+        for (file, path) in files.iter().enumerate() {
+            for (name, info) in header::read(path, file)? {
+                if tensors.insert(name.clone(), info).is_some() {
+                    return Err(Error::new(format!(
+                        "tensor {name} occurs twice, the second time in {}",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        if let Some(index) = index {
+            for (name, file) in index {
+                match tensors.get(&name) {
+                    None => {
+                        return Err(Error::new(format!(
+                            "tensor {name} is not in {file}, where {INDEX} puts it"
+                        )));
+                    }
+                    Some(info) if files[info.file].file_name().is_none_or(|found| found != file.as_str()) => {
+                        let found = files[info.file].display();
+                        return Err(Error::new(format!(
+                            "tensor {name} is in {found}, {INDEX} puts it into {file}"
+                        )));
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        let fingerprint = fingerprint(dir, &tensors)?;
+        Ok(Self { config, files, tensors, fingerprint })
     }
+
+    #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
+
     /// Hash over config.json and the tensor index (names, dtypes, shapes): equal on every machine with this checkpoint.
+    #[must_use]
     pub fn fingerprint(&self) -> &str {
-        unimplemented!()
+        &self.fingerprint
     }
+
+    #[must_use]
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Every tensor by name.
+    #[must_use]
+    pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    fn info(&self, name: &str, shape: &[usize]) -> Result<(&TensorInfo, Dtype), Error> {
+        let info = self.tensors.get(name).ok_or_else(|| Error::new(format!("tensor {name} is missing")))?;
+        if info.shape != shape {
+            return Err(Error::new(format!("tensor {name} has shape {:?}, wanted {shape:?}", info.shape)));
+        }
+        let dtype = match info.dtype.as_str() {
+            "F32" => Dtype::F32,
+            "BF16" => Dtype::Bf16,
+            other => {
+                return Err(Error::new(format!(
+                    "tensor {name} is stored as {other}; supported are F32 and BF16"
+                )));
+            }
+        };
+        Ok((info, dtype))
+    }
+
+    /// Maps the named tensors, whose shapes must be as given.
+    pub(crate) fn map(&self, wanted: &[(String, Vec<usize>)]) -> Result<Mapped, Error> {
+        let mut places = Vec::with_capacity(wanted.len());
+        for (name, shape) in wanted {
+            let (info, dtype) = self.info(name, shape)?;
+            places.push((info.file, info.offset, info.n_bytes, dtype, name));
+        }
+        places.sort_unstable_by_key(|(file, offset, ..)| (*file, *offset));
+        let mut mapped = Mapped { tensors: BTreeMap::new(), maps: Vec::new() };
+        let close = |a: &(usize, u64, u64, Dtype, &String), b: &(usize, u64, u64, Dtype, &String)| {
+            a.0 == b.0 && b.1 <= a.1 + a.2 + MERGE_GAP_BYTES
+        };
+        for run in places.chunk_by(close) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            let map = Arc::new(map_range(&self.files[first.0], first.1, last.1 + last.2 - first.1)?);
+            for (_, offset, n_bytes, dtype, name) in run {
+                let start = (offset - first.1) as usize;
+                let bytes = start..start + *n_bytes as usize;
+                mapped
+                    .tensors
+                    .insert((*name).clone(), Stored { map: Arc::clone(&map), bytes, dtype: *dtype });
+            }
+            mapped.maps.push(map);
+        }
+        Ok(mapped)
+    }
+
+    /// One matrix `[outputs, width]`.
+    pub(crate) fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear, Error> {
+        let mapped = self.map(&[(name.to_owned(), shape.to_vec())])?;
+        mapped.linear(name, shape[1])
+    }
+
+    /// One vector, copied.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
+        let mapped = self.map(&[(name.to_owned(), vec![len])])?;
+        mapped
+            .tensors
+            .values()
+            .next()
+            .map(Stored::to_f32)
+            .ok_or_else(|| Error::new(format!("tensor {name} is missing")))
+    }
+
+    /// A vector that is there only if the config says so.
+    pub(crate) fn bias(&self, name: &str, len: usize, present: bool) -> Result<Option<Vec<f32>>, Error> {
+        present.then(|| self.vector(name, len)).transpose()
+    }
+}
+
+impl Mapped {
+    pub(crate) fn linear(&self, name: &str, width: usize) -> Result<Linear, Error> {
+        let stored = self.tensors.get(name).ok_or_else(|| Error::new(format!("tensor {name} is missing")))?;
+        Ok(Linear::new(stored.clone(), width))
+    }
+
+    /// Bytes of the tensors themselves.
+    pub(crate) fn tensor_bytes(&self) -> u64 {
+        self.tensors.values().map(|stored| stored.bytes.len() as u64).sum()
+    }
+
+    /// Address ranges of the mappings.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
+        self.maps.iter().map(|map| {
+            let start = map.as_ptr() as usize;
+            start..start + map.len()
+        })
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "a mapped file is sound as long as nobody writes to it: checkpoints are read-only"
+)]
+fn map_range(path: &Path, offset: u64, len: u64) -> Result<Mmap, Error> {
+    let wrong = |error: std::io::Error| Error::new(format!("cannot map {}: {error}", path.display()));
+    let file = File::open(path).map_err(wrong)?;
+    unsafe { MmapOptions::new().offset(offset).len(len as usize).map(&file) }.map_err(wrong)
+}
+
+type Index = BTreeMap<String, String>;
+
+/// The files of a checkpoint, and what the index says where there is one. Files may be links, as in the Hub's cache.
+fn list_files(dir: &Path) -> Result<(Vec<PathBuf>, Option<Index>), Error> {
+    let index_path = dir.join(INDEX);
+    if !index_path.exists() {
+        let single = dir.join(SINGLE);
+        if !single.exists() {
+            return Err(Error::new(format!("{} has neither {INDEX} nor {SINGLE}", dir.display())));
+        }
+        return Ok((vec![single], None));
+    }
+    let wrong = |what: String| Error::new(format!("{}: {what}", index_path.display()));
+    let bytes = fs::read(&index_path).map_err(|error| wrong(error.to_string()))?;
+    #[derive(serde::Deserialize)]
+    struct IndexFile {
+        weight_map: Index,
+    }
+    let index: IndexFile = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if let Some(name) = names.iter().find(|name| name.contains('/') || name.contains('\\')) {
+        return Err(wrong(format!("file name {name:?} leaves the folder")));
+    }
+    let missing: Vec<&str> =
+        names.iter().filter(|name| !dir.join(name).is_file()).map(|name| name.as_str()).collect();
+    if !missing.is_empty() {
+        return Err(Error::new(format!("{} lacks {}, named in {INDEX}", dir.display(), missing.join(", "))));
+    }
+    if names.is_empty() {
+        return Err(wrong("weight_map is empty".to_owned()));
+    }
+    Ok((names.into_iter().map(|name| dir.join(name)).collect(), Some(index.weight_map)))
+}
+
+/// Not a secret: it tells checkpoints apart, it does not authenticate them.
+fn fingerprint(dir: &Path, tensors: &BTreeMap<String, TensorInfo>) -> Result<String, Error> {
+    let path = dir.join("config.json");
+    let config =
+        fs::read(&path).map_err(|error| Error::new(format!("cannot read {}: {error}", path.display())))?;
+    // The standard hasher's keys are fixed; its algorithm is that of the compiler, the same in every process of a build.
+    let mut hasher = DefaultHasher::new();
+    config.hash(&mut hasher);
+    for (name, info) in tensors {
+        (name, &info.dtype, &info.shape).hash(&mut hasher);
+    }
+    Ok(format!("{:016x}", hasher.finish()))
 }

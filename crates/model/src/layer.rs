@@ -1,48 +1,151 @@
 //! One decoder layer: attend, gate, shared experts or dense FFN.
-use ids::LayerId;
-use crate::{Assignments, Pages, Span};
 
-pub struct Layer {}
-pub struct Mlp {}
-pub struct Moe {}
+use std::sync::Arc;
+
+use ids::LayerId;
+
+use crate::{
+    Assignments, Error, Pages, Span,
+    attention::Attention,
+    checkpoint::Checkpoint,
+    gate::Gate,
+    kernels::{rms_norm, silu_mul},
+    rope::Rotary,
+    storage::Linear,
+};
+
+pub struct Layer {
+    id: LayerId,
+    input_layernorm: Vec<f32>,
+    attention: Attention,
+    post_attention_layernorm: Vec<f32>,
+    feed_forward: FeedForward,
+    rms_norm_eps: f32,
+}
 
 pub enum FeedForward {
     Dense(Mlp),
     Routed(Moe),
 }
 
+/// SwiGLU: down(silu(gate x) · up x).
+pub struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+/// A MoE layer without its routed experts.
+pub struct Moe {
+    gate: Gate,
+    shared_experts: Option<Mlp>,
+}
+
 impl Layer {
+    pub(crate) fn load(checkpoint: &Checkpoint, id: LayerId, rotary: Arc<Rotary>) -> Result<Self, Error> {
+        let config = checkpoint.config();
+        let prefix = format!("model.layers.{id}");
+        let norm = |name: &str| checkpoint.vector(&format!("{prefix}.{name}.weight"), config.hidden_size);
+        let feed_forward = if config.moe[id.index()] {
+            FeedForward::Routed(Moe::load(checkpoint, &format!("{prefix}.mlp"))?)
+        } else {
+            FeedForward::Dense(Mlp::load(checkpoint, &format!("{prefix}.mlp"), config.intermediate_size)?)
+        };
+        Ok(Self {
+            id,
+            input_layernorm: norm("input_layernorm")?,
+            attention: Attention::load(checkpoint, &format!("{prefix}.self_attn"), rotary)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            feed_forward,
+            rms_norm_eps: config.rms_norm_eps,
+        })
+    }
+
+    #[must_use]
     pub fn id(&self) -> LayerId {
-        unimplemented!()
+        self.id
     }
-    /// input_layernorm, attention over the cached rows, residual: in place on hidden `[rows, hidden]`. Writes the rows' latents
-    /// (and index keys) into their pages first; writing the same position twice with the same input gives the same bits.
-    pub fn attend(&self, _hidden: &mut [f32], _spans: &[Span<'_>], _pages: &mut Pages) {
-        unimplemented!()
+
+    /// input_layernorm, attention over the cached rows, residual: in place on hidden `[rows, hidden]`. Writes the rows'
+    /// latents (and index keys) into their pages first; writing the same position twice with the same input gives the
+    /// same bits.
+    pub fn attend(&self, hidden: &mut [f32], spans: &[Span<'_>], pages: &mut Pages) {
+        let normed = rms_norm(hidden, &self.input_layernorm, self.rms_norm_eps);
+        let output = self.attention.apply(&normed, spans, self.id.index(), pages);
+        hidden.iter_mut().zip(output).for_each(|(hidden, output)| *hidden += output);
     }
+
     /// `[rows, hidden]` → `[rows, hidden]`
-    pub fn post_attention_layernorm(&self, _hidden: &[f32]) -> Vec<f32> {
-        unimplemented!()
+    #[must_use]
+    pub fn post_attention_layernorm(&self, hidden: &[f32]) -> Vec<f32> {
+        rms_norm(hidden, &self.post_attention_layernorm, self.rms_norm_eps)
     }
+
+    #[must_use]
     pub fn feed_forward(&self) -> &FeedForward {
-        unimplemented!()
+        &self.feed_forward
     }
 }
 
 impl Mlp {
+    pub(crate) fn load(checkpoint: &Checkpoint, prefix: &str, width: usize) -> Result<Self, Error> {
+        let hidden_size = checkpoint.config().hidden_size;
+        let names = Self::tensors(prefix, hidden_size, width);
+        let mapped = checkpoint.map(&names)?;
+        Self::from_mapped(&mapped, prefix, hidden_size, width)
+    }
+
+    /// The names and shapes of its tensors.
+    pub(crate) fn tensors(prefix: &str, hidden_size: usize, width: usize) -> [(String, Vec<usize>); 3] {
+        [
+            (format!("{prefix}.gate_proj.weight"), vec![width, hidden_size]),
+            (format!("{prefix}.up_proj.weight"), vec![width, hidden_size]),
+            (format!("{prefix}.down_proj.weight"), vec![hidden_size, width]),
+        ]
+    }
+
+    pub(crate) fn from_mapped(
+        mapped: &crate::checkpoint::Mapped,
+        prefix: &str,
+        hidden_size: usize,
+        width: usize,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            gate_proj: mapped.linear(&format!("{prefix}.gate_proj.weight"), hidden_size)?,
+            up_proj: mapped.linear(&format!("{prefix}.up_proj.weight"), hidden_size)?,
+            down_proj: mapped.linear(&format!("{prefix}.down_proj.weight"), width)?,
+        })
+    }
+
     /// `[rows, hidden]` → `[rows, hidden]`
-    pub fn apply(&self, _normed: &[f32]) -> Vec<f32> {
-        unimplemented!()
+    #[must_use]
+    pub fn apply(&self, normed: &[f32]) -> Vec<f32> {
+        let mut gate = self.gate_proj.apply(normed, None);
+        silu_mul(&mut gate, &self.up_proj.apply(normed, None));
+        self.down_proj.apply(&gate, None)
     }
 }
 
 impl Moe {
-    /// normed hidden `[rows, hidden]` → `[rows, topk]` experts and weights (routed_scaling_factor applied).
-    pub fn gate(&self, _normed: &[f32]) -> Assignments {
-        unimplemented!()
+    fn load(checkpoint: &Checkpoint, prefix: &str) -> Result<Self, Error> {
+        let config = checkpoint.config();
+        let width = config.n_shared_experts * config.moe_intermediate_size;
+        let shared = || Mlp::load(checkpoint, &format!("{prefix}.shared_experts"), width);
+        Ok(Self {
+            gate: Gate::load(checkpoint, &format!("{prefix}.gate"))?,
+            shared_experts: (width > 0).then(shared).transpose()?,
+        })
     }
+
+    /// normed hidden `[rows, hidden]` → `[rows, topk]` experts and weights (routed_scaling_factor applied).
+    #[must_use]
+    pub fn gate(&self, normed: &[f32]) -> Assignments {
+        self.gate.apply(normed)
+    }
+
     /// The shared experts' sum `[rows, hidden]`; zeros where the model has none.
-    pub fn shared(&self, _normed: &[f32]) -> Vec<f32> {
-        unimplemented!()
+    #[must_use]
+    pub fn shared(&self, normed: &[f32]) -> Vec<f32> {
+        self.shared_experts.as_ref().map_or_else(|| vec![0.0; normed.len()], |shared| shared.apply(normed))
     }
 }

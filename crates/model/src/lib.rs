@@ -1,18 +1,23 @@
 //! What a checkpoint is and how it is computed: arithmetic only. Synchronous; no clock, no network, no global.
 
+mod attention;
 pub mod backbone;
 pub mod checkpoint;
 pub mod config;
 pub mod expert;
 pub mod gate;
+mod kernels;
 pub mod layer;
 pub mod pages;
+mod rope;
+mod storage;
 
 pub use backbone::Backbone;
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use expert::Experts;
 pub use gate::Assignments;
+pub use kernels::Isa;
 pub use layer::{FeedForward, Layer, Mlp, Moe};
 pub use pages::{Pages, Span};
 
@@ -20,6 +25,12 @@ pub use pages::{Pages, Span};
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
+
+impl Error {
+    pub(crate) fn new(message: String) -> Self {
+        Self(message)
+    }
+}
 
 /// Computes with `n` threads from now on; once per process, before anything is computed.
 pub fn set_threads(n: usize) -> Result<(), Error> {

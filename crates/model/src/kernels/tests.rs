@@ -1,0 +1,93 @@
+use proptest::prelude::*;
+
+use super::*;
+
+/// Every instruction set that this machine can run.
+fn all() -> Vec<Isa> {
+    #[cfg(target_arch = "x86_64")]
+    match Isa::detect() {
+        Isa::Avx512 => return vec![Isa::Baseline, Isa::Avx2, Isa::Avx512],
+        Isa::Avx2 => return vec![Isa::Baseline, Isa::Avx2],
+        Isa::Baseline => {}
+    }
+    vec![Isa::Baseline]
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+proptest! {
+    #[test]
+    fn products_have_the_same_bits_everywhere(
+        (width, x, w) in (1_usize..70, 1_usize..6, 1_usize..6).prop_flat_map(|(width, rows, outputs)| {
+            let values = |n: usize| proptest::collection::vec(-8.0_f32..8.0, n * width);
+            (Just(width), values(rows), values(outputs))
+        })
+    ) {
+        let halves: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        let n = x.len() / width * (w.len() / width);
+        let (mut wanted, mut wanted_halves) = (vec![0.0; n], vec![0.0; n]);
+        matmul(Isa::Baseline, &x, &w, width, &mut wanted);
+        matmul(Isa::Baseline, &x, &halves, width, &mut wanted_halves);
+        for isa in all() {
+            let (mut y, mut y_halves) = (vec![0.0; n], vec![0.0; n]);
+            matmul(isa, &x, &w, width, &mut y);
+            matmul(isa, &x, &halves, width, &mut y_halves);
+            prop_assert_eq!(bits(&y), bits(&wanted));
+            prop_assert_eq!(bits(&y_halves), bits(&wanted_halves));
+            // Row by row and output by output: the register block must not show.
+            let n_outputs = w.len() / width;
+            for (at, wanted) in wanted.iter().enumerate() {
+                let (row, output) = (at / n_outputs, at % n_outputs);
+                let alone = dot(isa, &x[row * width..][..width], &w[output * width..][..width]);
+                prop_assert_eq!(alone.to_bits(), wanted.to_bits());
+            }
+        }
+    }
+}
+
+/// Within a few ulp of the same computed by candle, which shares no code with us.
+mod candle {
+    use candle_core::{D, Device, Tensor};
+
+    use super::super::*;
+
+    fn values(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + 13) % 1000) as f32 / 250.0 - 2.0).collect()
+    }
+
+    fn check(ours: &[f32], theirs: &Tensor) {
+        let theirs: Vec<f32> = theirs.flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(ours.len(), theirs.len());
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            assert!((ours - theirs).abs() <= 2e-6 * theirs.abs().max(1.0), "{ours}, candle has {theirs}");
+        }
+    }
+
+    #[test]
+    fn linear_softmax_norm_and_silu_agree_with_candle() {
+        let device = Device::Cpu;
+        let (x, w) = (values(5 * 37), values(11 * 37));
+        let tensor =
+            |values: &[f32], rows| Tensor::from_slice(values, (rows, values.len() / rows), &device).unwrap();
+        let x_tensor = tensor(&x, 5);
+        let product = x_tensor.matmul(&tensor(&w, 11).t().unwrap()).unwrap();
+        let ours = linear(&x, &w, 37, None);
+        check(&ours.iter().map(|y| y / 40.0).collect::<Vec<_>>(), &(product / 40.0).unwrap());
+
+        let mut probabilities = x.clone();
+        probabilities.chunks_exact_mut(37).for_each(softmax);
+        let shifted =
+            x_tensor.broadcast_sub(&x_tensor.max_keepdim(D::Minus1).unwrap()).unwrap().exp().unwrap();
+        check(&probabilities, &shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1).unwrap()).unwrap());
+
+        let mean = x_tensor.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
+        let normed = x_tensor.broadcast_div(&(mean + 1e-6).unwrap().sqrt().unwrap()).unwrap();
+        check(&rms_norm(&x, &[1.0; 37], 1e-6), &normed);
+
+        let mut gate = x.clone();
+        silu_mul(&mut gate, &vec![1.0; x.len()]);
+        check(&gate, &x_tensor.silu().unwrap());
+    }
+}

@@ -1,0 +1,230 @@
+//! Agreement with Hugging Face transformers on tiny checkpoints of each family: every logit and every greedy token,
+//! and the same bits in one piece, in chunks, token by token and in mixed batches.
+
+use std::path::{Path, PathBuf};
+
+use ids::{ExpertId, LayerId, PageIndex};
+use model::{Backbone, Checkpoint, Experts, FeedForward, Pages, Span};
+use safetensors::SafeTensors;
+
+const PAGE_POSITIONS: usize = 16;
+const N_GREEDY: usize = 24;
+
+struct Golden {
+    prompt: Vec<u32>,
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
+}
+
+struct Fixture {
+    name: String,
+    backbone: Backbone,
+    experts: Experts,
+    golden: Vec<Golden>,
+}
+
+/// One sequence in the test's own little engine.
+struct Sequence {
+    tokens: Vec<u32>,
+    n_computed: usize,
+    pages: Vec<PageIndex>,
+    logits: Vec<f32>,
+}
+
+fn numbers<const N: usize>(file: &SafeTensors<'_>, name: &str) -> Vec<[u8; N]> {
+    file.tensor(name).unwrap().data().as_chunks::<N>().0.to_vec()
+}
+
+impl Fixture {
+    fn open(dir: &Path) -> Self {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let config = checkpoint.config();
+        let held: Vec<(LayerId, ExpertId)> = config
+            .moe_layers()
+            .flat_map(|layer| {
+                (0..config.n_routed_experts as u32).map(move |expert| (layer, ExpertId(expert)))
+            })
+            .collect();
+        let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let ids = |name: &str| {
+            numbers::<8>(&file, name).into_iter().map(|id| i64::from_le_bytes(id) as u32).collect()
+        };
+        let golden = (0..3)
+            .map(|i| Golden {
+                prompt: ids(&format!("prompt_{i}")),
+                logits: numbers::<4>(&file, &format!("logits_{i}"))
+                    .into_iter()
+                    .map(f32::from_le_bytes)
+                    .collect(),
+                greedy: ids(&format!("greedy_{i}")),
+            })
+            .collect();
+        Self {
+            name: dir.file_name().unwrap().to_string_lossy().into_owned(),
+            backbone: Backbone::load(&checkpoint).unwrap(),
+            experts: Experts::load(&checkpoint, &held).unwrap(),
+            golden,
+        }
+    }
+
+    fn sequences(&self) -> Vec<Sequence> {
+        let mut next_page = 0;
+        let mut sequence = |golden: &Golden| {
+            let n_pages = (golden.prompt.len() + N_GREEDY).div_ceil(PAGE_POSITIONS) as u32;
+            // Pages from the end, so that neighbours in a sequence are not neighbours in memory.
+            let pages = (next_page..next_page + n_pages).rev().map(PageIndex).collect();
+            next_page += n_pages;
+            Sequence { tokens: golden.prompt.clone(), n_computed: 0, pages, logits: Vec::new() }
+        };
+        self.golden.iter().map(&mut sequence).collect()
+    }
+
+    /// One step: `rows[i]` rows of sequence i.
+    fn step(&self, sequences: &mut [Sequence], rows: &[usize], pages: &mut Pages) {
+        let mut ids = Vec::new();
+        let mut spans = Vec::new();
+        for (sequence, &n) in sequences.iter().zip(rows) {
+            let start = ids.len();
+            ids.extend(&sequence.tokens[sequence.n_computed..][..n]);
+            if n > 0 {
+                spans.push(Span {
+                    rows: start..ids.len(),
+                    position: sequence.n_computed,
+                    pages: &sequence.pages,
+                });
+            }
+        }
+        let logits = self.backbone.logits(&self.forward(&ids, &spans, pages));
+        let vocab = self.backbone.config().vocab_size;
+        let mut start = 0;
+        for (sequence, &n) in sequences.iter_mut().zip(rows) {
+            sequence.logits.extend_from_slice(&logits[start * vocab..(start + n) * vocab]);
+            sequence.n_computed += n;
+            start += n;
+        }
+    }
+
+    fn forward(&self, ids: &[u32], spans: &[Span<'_>], pages: &mut Pages) -> Vec<f32> {
+        let width = self.backbone.config().hidden_size;
+        let mut hidden = self.backbone.embed(ids);
+        for layer in self.backbone.layers() {
+            layer.attend(&mut hidden, spans, pages);
+            let normed = layer.post_attention_layernorm(&hidden);
+            let update = match layer.feed_forward() {
+                FeedForward::Dense(mlp) => mlp.apply(&normed),
+                FeedForward::Routed(moe) => {
+                    let assignments = moe.gate(&normed);
+                    let mut update = moe.shared(&normed);
+                    for (row, update) in update.chunks_exact_mut(width).enumerate() {
+                        let mut routed = vec![0.0; width];
+                        for slot in row * assignments.top_k..(row + 1) * assignments.top_k {
+                            let expert = self.experts.get(layer.id(), assignments.experts[slot]).unwrap();
+                            let output = expert.forward(&normed[row * width..][..width]);
+                            routed
+                                .iter_mut()
+                                .zip(output)
+                                .for_each(|(sum, y)| *sum += assignments.weights[slot] * y);
+                        }
+                        update.iter_mut().zip(routed).for_each(|(sum, y)| *sum += y);
+                    }
+                    update
+                }
+            };
+            hidden.iter_mut().zip(update).for_each(|(hidden, update)| *hidden += update);
+        }
+        hidden
+    }
+
+    /// Runs every prompt in chunks and then greedily. Either all sequences share each step, or one goes after the other.
+    fn run(&self, chunk: usize, mixed: bool) -> Vec<Sequence> {
+        let mut sequences = self.sequences();
+        let n_pages: usize = sequences.iter().map(|sequence| sequence.pages.len()).sum();
+        let mut pages = Pages::new(self.backbone.config(), n_pages, PAGE_POSITIONS);
+        let wanted: Vec<usize> = self.golden.iter().map(|golden| golden.prompt.len() + N_GREEDY).collect();
+        let vocab = self.backbone.config().vocab_size;
+        loop {
+            let mut rows = vec![0; sequences.len()];
+            for i in 0..sequences.len() {
+                if sequences[i].tokens.len() < wanted[i] {
+                    rows[i] = (sequences[i].tokens.len() - sequences[i].n_computed).min(chunk);
+                    if !mixed {
+                        break;
+                    }
+                }
+            }
+            if rows.iter().all(|n| *n == 0) {
+                return sequences;
+            }
+            self.step(&mut sequences, &rows, &mut pages);
+            for sequence in &mut sequences {
+                if sequence.n_computed == sequence.tokens.len() {
+                    let last = &sequence.logits[sequence.logits.len() - vocab..];
+                    // The reference does not draw the end of sequence before the 24th token.
+                    let eos = &self.backbone.config().eos_token_ids;
+                    let best = (0..vocab)
+                        .filter(|id| !eos.contains(&(*id as u32)))
+                        .max_by(|a, b| last[*a].total_cmp(&last[*b]));
+                    sequence.tokens.push(best.unwrap() as u32);
+                }
+            }
+        }
+    }
+
+    fn check(&self) {
+        let whole = self.run(usize::MAX, false);
+        let mut largest = 0.0_f32;
+        for (i, (sequence, golden)) in whole.iter().zip(&self.golden).enumerate() {
+            for (at, (ours, theirs)) in sequence.logits.iter().zip(&golden.logits).enumerate() {
+                let error = (ours - theirs).abs();
+                largest = largest.max(error);
+                let vocab = self.backbone.config().vocab_size;
+                assert!(
+                    error <= 2e-4 + 2e-4 * theirs.abs(),
+                    "{} prompt {i}, position {}, id {}: {ours}, wanted {theirs}",
+                    self.name,
+                    at / vocab,
+                    at % vocab
+                );
+            }
+            assert_eq!(sequence.tokens[golden.prompt.len()..], golden.greedy, "{} prompt {i}", self.name);
+        }
+        println!("{}: largest difference of a logit {largest:.1e}", self.name);
+        for (chunk, mixed) in [(usize::MAX, true), (7, false), (7, true), (1, false), (1, true)] {
+            for (sequence, reference) in self.run(chunk, mixed).iter().zip(&whole) {
+                let bits = |logits: &[f32]| logits.iter().map(|logit| logit.to_bits()).collect::<Vec<_>>();
+                assert_eq!(sequence.tokens, reference.tokens, "{}: chunk {chunk}, mixed {mixed}", self.name);
+                assert!(
+                    bits(&sequence.logits) == bits(&reference.logits),
+                    "{}: chunk {chunk}, mixed {mixed}",
+                    self.name
+                );
+            }
+        }
+    }
+}
+
+fn fixtures() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures"))
+}
+
+fn check_all(parent: &Path) {
+    let mut dirs: Vec<PathBuf> =
+        std::fs::read_dir(parent).unwrap().map(|entry| entry.unwrap().path()).collect();
+    dirs.retain(|dir| dir.join("expected.safetensors").exists());
+    dirs.sort();
+    assert!(!dirs.is_empty(), "no fixture in {}", parent.display());
+    for dir in dirs {
+        Fixture::open(&dir).check();
+    }
+}
+
+#[test]
+fn published_families_agree_with_transformers() {
+    check_all(&fixtures());
+}
+
+#[test]
+fn odd_sizes_and_options_agree_with_transformers() {
+    check_all(&fixtures().join("odd"));
+}
