@@ -6,7 +6,6 @@ mod header;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -41,6 +40,8 @@ pub struct Checkpoint {
     config: ModelConfig,
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, TensorInfo>,
+    /// Tensors in files that are not here, with the file's name.
+    absent: BTreeMap<String, String>,
     fingerprint: String,
 }
 
@@ -51,8 +52,9 @@ pub(crate) struct Mapped {
 }
 
 impl Checkpoint {
-    /// Reads configs and tensor headers; maps nothing yet. Fails if a file that the index names is missing, cut short
-    /// or malformed, naming it.
+    /// Reads configs and tensor headers; maps nothing yet. Fails if a file is cut short or malformed, naming it. A file
+    /// that the index names may be absent, as on a machine that holds some experts only: whoever needs one of its
+    /// tensors fails then, naming both.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         if !dir.is_dir() {
             return Err(Error::new(format!("{} is not a folder", dir.display())));
@@ -60,7 +62,7 @@ impl Checkpoint {
         let config = ModelConfig::load(dir)?;
         let (files, index) = list_files(dir)?;
         let mut tensors = BTreeMap::new();
-        for (file, path) in files.iter().enumerate() {
+        for (file, path) in files.iter().enumerate().filter(|(_, path)| path.is_file()) {
             for (name, info) in header::read(path, file)? {
                 if tensors.insert(name.clone(), info).is_some() {
                     return Err(Error::new(format!(
@@ -70,26 +72,35 @@ impl Checkpoint {
                 }
             }
         }
-        if let Some(index) = index {
-            for (name, file) in index {
-                match tensors.get(&name) {
-                    None => {
-                        return Err(Error::new(format!(
-                            "tensor {name} is not in {file}, where {INDEX} puts it"
-                        )));
-                    }
-                    Some(info) if files[info.file].file_name().is_none_or(|found| found != file.as_str()) => {
-                        let found = files[info.file].display();
-                        return Err(Error::new(format!(
-                            "tensor {name} is in {found}, {INDEX} puts it into {file}"
-                        )));
-                    }
-                    Some(_) => {}
+        let mut absent = BTreeMap::new();
+        for (name, file) in index.iter().flatten() {
+            match tensors.get(name) {
+                None if !dir.join(file).is_file() => {
+                    absent.insert(name.clone(), file.clone());
                 }
+                None => {
+                    return Err(Error::new(format!("tensor {name} is not in {file}, where {INDEX} puts it")));
+                }
+                Some(info) if files[info.file].file_name().is_none_or(|found| found != file.as_str()) => {
+                    let found = files[info.file].display();
+                    return Err(Error::new(format!(
+                        "tensor {name} is in {found}, {INDEX} puts it into {file}"
+                    )));
+                }
+                Some(_) => {}
             }
         }
-        let fingerprint = fingerprint(dir, &tensors)?;
-        Ok(Self { config, files, tensors, fingerprint })
+        if tensors.is_empty() {
+            let names: BTreeSet<&str> = absent.values().map(String::as_str).collect();
+            let names: Vec<&str> = names.into_iter().collect();
+            return Err(Error::new(format!(
+                "{} lacks {}, named in {INDEX}",
+                dir.display(),
+                names.join(", ")
+            )));
+        }
+        let fingerprint = fingerprint(dir, tensors.keys().chain(absent.keys()).collect())?;
+        Ok(Self { config, files, tensors, absent, fingerprint })
     }
 
     #[must_use]
@@ -97,7 +108,8 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Hash over config.json and the tensor index (names, dtypes, shapes): equal on every machine with this checkpoint.
+    /// Hash over config.json and the names of the tensor index: equal on every machine with this checkpoint, whether
+    /// or not it has all the files.
     #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
@@ -108,6 +120,12 @@ impl Checkpoint {
         &self.files
     }
 
+    /// Tensors in files that are not here, with the file's name.
+    #[must_use]
+    pub fn absent(&self) -> &BTreeMap<String, String> {
+        &self.absent
+    }
+
     /// Every tensor by name.
     #[must_use]
     pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
@@ -115,7 +133,12 @@ impl Checkpoint {
     }
 
     fn info(&self, name: &str, shape: &[usize]) -> Result<(&TensorInfo, Dtype), Error> {
-        let info = self.tensors.get(name).ok_or_else(|| Error::new(format!("tensor {name} is missing")))?;
+        let info = self.tensors.get(name).ok_or_else(|| match self.absent.get(name) {
+            Some(file) => {
+                Error::new(format!("tensor {name} is in {file}, which is not in the checkpoint folder"))
+            }
+            None => Error::new(format!("tensor {name} is missing")),
+        })?;
         if info.shape != shape {
             return Err(Error::new(format!("tensor {name} has shape {:?}, wanted {shape:?}", info.shape)));
         }
@@ -234,27 +257,23 @@ fn list_files(dir: &Path) -> Result<(Vec<PathBuf>, Option<Index>), Error> {
     if let Some(name) = names.iter().find(|name| name.contains('/') || name.contains('\\')) {
         return Err(wrong(format!("file name {name:?} leaves the folder")));
     }
-    let missing: Vec<&str> =
-        names.iter().filter(|name| !dir.join(name).is_file()).map(|name| name.as_str()).collect();
-    if !missing.is_empty() {
-        return Err(Error::new(format!("{} lacks {}, named in {INDEX}", dir.display(), missing.join(", "))));
-    }
     if names.is_empty() {
         return Err(wrong("weight_map is empty".to_owned()));
     }
     Ok((names.into_iter().map(|name| dir.join(name)).collect(), Some(index.weight_map)))
 }
 
-/// Not a secret: it tells checkpoints apart, it does not authenticate them.
-fn fingerprint(dir: &Path, tensors: &BTreeMap<String, TensorInfo>) -> Result<String, Error> {
+/// FNV-1a, 64 bits: the same on every machine and in every version. It tells checkpoints apart, it does not
+/// authenticate them.
+fn fingerprint(dir: &Path, names: BTreeSet<&String>) -> Result<String, Error> {
     let path = dir.join("config.json");
     let config =
         fs::read(&path).map_err(|error| Error::new(format!("cannot read {}: {error}", path.display())))?;
-    // The standard hasher's keys are fixed; its algorithm is that of the compiler, the same in every process of a build.
-    let mut hasher = DefaultHasher::new();
-    config.hash(&mut hasher);
-    for (name, info) in tensors {
-        (name, &info.dtype, &info.shape).hash(&mut hasher);
-    }
-    Ok(format!("{:016x}", hasher.finish()))
+    let parts = std::iter::once(config.as_slice()).chain(names.into_iter().map(|name| name.as_bytes()));
+    let hash = parts.fold(0xcbf2_9ce4_8422_2325_u64, |hash, part| {
+        // A byte that is in no name ends each part.
+        let bytes = part.iter().copied().chain([0xff]);
+        bytes.fold(hash, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    });
+    Ok(format!("{hash:016x}"))
 }

@@ -231,3 +231,6 @@ fn read_json(path: &Path) -> Result<Option<serde_json::Value>, Error> {
         .map_err(|error| Error::new(format!("{} is not JSON: {error}", path.display())))?;
     Ok(Some(value))
 }
+
+#[cfg(test)]
+mod tests;

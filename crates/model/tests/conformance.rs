@@ -1,6 +1,8 @@
 //! Agreement with Hugging Face transformers on tiny checkpoints of each family: every logit and every greedy token,
 //! and the same bits in one piece, in chunks, token by token and in mixed batches.
 
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and says how close it came")]
+
 use std::path::{Path, PathBuf};
 
 use ids::{ExpertId, LayerId, PageIndex};

@@ -102,7 +102,7 @@ pub(super) fn axpy<W: Weight>(a: f32, x: &[W], y: &mut [f32]) {
 /// different machines must agree. Cephes' `expf`: x = n ln 2 + r, a polynomial of degree 6 in r, times 2^n.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     const COEFFICIENTS: [f32; 6] =
         [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
