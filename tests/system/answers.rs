@@ -1,0 +1,1 @@
+//! A question comes in, and the answer was computed by several processes.

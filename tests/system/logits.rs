@@ -1,0 +1,193 @@
+//! The same numbers as another implementation, and the same bits whatever the servers, the placement and the batch.
+
+use std::path::Path;
+
+use futures_util::future::join_all;
+use tempfile::TempDir;
+
+use crate::{
+    fixtures::{Case, Chain, Expected, fixture, uniform},
+    harness::{
+        Cluster, Process,
+        clients::{Generated, generate},
+        cluster::Builder,
+    },
+};
+
+/// Runs `shoal logits` on a checkpoint with reference outputs and compares.
+async fn check_tool(checkpoint: &Path, flags: &[&str]) {
+    let expected = Expected::beside(checkpoint);
+    let out = TempDir::new().expect("a temporary folder");
+    let output = out.path().join("out.safetensors");
+    let mut args = vec!["logits".into(), checkpoint.as_os_str().to_owned(), "--tokens".into()];
+    args.extend([checkpoint.join("expected.safetensors").into(), "--out".into(), output.clone().into()]);
+    args.extend(["--greedy", "24"].iter().chain(flags).map(Into::into));
+    let ended = Process::run(args).await;
+    assert!(ended.status.success(), "{} {flags:?}: {}", checkpoint.display(), ended.stderr);
+    let computed = Expected::of_output(&output, &expected);
+    for (index, (wanted, got)) in expected.0.iter().zip(&computed.0).enumerate() {
+        let what = format!("{} {flags:?}, prompt {index}", checkpoint.display());
+        wanted.assert_close(&what, &got.logits, &got.greedy);
+    }
+}
+
+async fn check_family(name: &str) {
+    let checkpoint = fixture(name);
+    check_tool(&checkpoint, &["--experts", "1"]).await;
+    check_tool(&checkpoint, &["--experts", "2", "--chunk", "7", "--combine", "exact"]).await;
+    check_tool(&checkpoint, &["--experts", "4", "--chunk", "1", "--combine", "pairs"]).await;
+    check_tool(&checkpoint, &["--experts", "4", "--combine", "fast"]).await;
+}
+
+#[tokio::test]
+async fn deepseek_v2_lite_agrees_with_the_reference() {
+    check_family("deepseek-v2-lite").await;
+}
+
+#[tokio::test]
+async fn deepseek_v2_agrees_with_the_reference() {
+    check_family("deepseek-v2").await;
+}
+
+#[tokio::test]
+async fn deepseek_v3_agrees_with_the_reference() {
+    check_family("deepseek-v3").await;
+}
+
+#[tokio::test]
+async fn deepseek_v3_2_agrees_with_the_reference() {
+    check_family("deepseek-v3.2").await;
+}
+
+/// Odd head counts, one group, no q_lora, attention bias, tied embeddings, rope with and without YaRN.
+#[tokio::test]
+async fn odd_shapes_agree_with_the_reference() {
+    let folder = fixture("odd");
+    let mut n = 0;
+    for checkpoint in std::fs::read_dir(&folder).expect("the fixtures are there") {
+        check_tool(&checkpoint.expect("it can be listed").path(), &["--experts", "3", "--chunk", "9"]).await;
+        n += 1;
+    }
+    assert!(n >= 8, "{n} checkpoints in {}", folder.display());
+}
+
+/// Whether the prompts of a case go to the router one after the other, or all at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Load {
+    Alone,
+    Together,
+}
+
+const GREEDY: u32 = 24;
+
+/// Runs every prompt on a cluster of `builder`, with at most `chunk` rows of it a step.
+async fn run(builder: Builder, chunk: usize, load: Load, prompts: &[Vec<u32>]) -> Vec<Generated> {
+    let cluster = builder.router_args(&["--chunk", &chunk.to_string()]).without_gateway().start().await;
+    let router = cluster.router.router();
+    let calls = prompts.iter().map(|prompt| generate(router.clone(), prompt, GREEDY));
+    let results = match load {
+        Load::Together => join_all(calls).await,
+        Load::Alone => {
+            let mut results = Vec::new();
+            for call in calls {
+                results.push(call.await);
+            }
+            results
+        }
+    };
+    let n_steps = cluster.router_status().await.steps;
+    let n_alone: usize =
+        prompts.iter().map(|prompt| prompt.len().div_ceil(chunk) + GREEDY as usize - 1).sum();
+    match load {
+        Load::Alone => assert_eq!(n_steps, n_alone as u64),
+        Load::Together => assert!(n_steps < n_alone as u64, "{n_steps} steps: nothing was batched"),
+    }
+    cluster.idle().await;
+    results.into_iter().map(|result| result.expect("the router answers")).collect()
+}
+
+#[track_caller]
+fn assert_same_bits(what: &str, got: &[Generated], wanted: &[Generated]) {
+    for (index, (got, wanted)) in got.iter().zip(wanted).enumerate() {
+        assert_eq!(got.ids, wanted.ids, "{what}, prompt {index}: tokens");
+        let numbers = got.prompt_logits.iter().zip(&wanted.prompt_logits);
+        let differs = numbers.clone().position(|(got, wanted)| got.to_bits() != wanted.to_bits());
+        if let Some(at) = differs {
+            let (got, wanted) = (got.prompt_logits[at], wanted.prompt_logits[at]);
+            panic!("{what}, prompt {index}: number {at} is {got:e}, not {wanted:e}");
+        }
+        assert_eq!(got.prompt_logits.len(), wanted.prompt_logits.len(), "{what}, prompt {index}");
+    }
+}
+
+/// Deals `n_experts` out to `n` servers; none is left empty.
+fn random_placement(n_experts: u32, n: usize, mut seed: u64) -> Vec<String> {
+    let mut lists = vec![Vec::new(); n];
+    for expert in 0..n_experts {
+        let dealt = ((uniform(&mut seed) + 1.0) / 2.0 * n as f32) as usize;
+        let server = if (expert as usize) < n { expert as usize } else { dealt.min(n - 1) };
+        lists[server].push(expert.to_string());
+    }
+    lists.into_iter().map(|list| list.join(",")).collect()
+}
+
+async fn check_bits(checkpoint: &Path, prompts: &[Vec<u32>], n_experts: u32) {
+    for combine in ["exact", "pairs"] {
+        let builder = || Cluster::builder(checkpoint).router_args(&["--combine", combine]);
+        let reference = run(builder(), 256, Load::Alone, prompts).await;
+        let lists = random_placement(n_experts, 3, 5);
+        let lists: Vec<&str> = lists.iter().map(String::as_str).collect();
+        for (what, builder, chunk, load) in [
+            ("one server, chunks", builder(), 7, Load::Together),
+            ("two servers", builder().experts(2), 256, Load::Together),
+            ("four servers, token by token", builder().experts(4), 1, Load::Alone),
+            ("four servers, token by token, batched", builder().experts(4), 1, Load::Together),
+            ("a random placement", builder().placement(&lists), 19, Load::Together),
+        ] {
+            let what = format!("{} {combine}: {what}", checkpoint.display());
+            assert_same_bits(&what, &run(builder, chunk, load, prompts).await, &reference);
+        }
+    }
+}
+
+async fn check_bits_of_family(name: &str) {
+    let prompts: Vec<_> = Expected::beside(&fixture(name)).0.into_iter().map(|Case { prompt, .. }| prompt).collect();
+    check_bits(&fixture(name), &prompts, 16).await;
+}
+
+#[tokio::test]
+async fn deepseek_v2_lite_has_the_same_bits_everywhere() {
+    check_bits_of_family("deepseek-v2-lite").await;
+}
+
+#[tokio::test]
+async fn deepseek_v2_has_the_same_bits_everywhere() {
+    check_bits_of_family("deepseek-v2").await;
+}
+
+#[tokio::test]
+async fn deepseek_v3_has_the_same_bits_everywhere() {
+    check_bits_of_family("deepseek-v3").await;
+}
+
+#[tokio::test]
+async fn deepseek_v3_2_has_the_same_bits_everywhere() {
+    check_bits_of_family("deepseek-v3.2").await;
+}
+
+/// Contributions beyond the grid of exact combine are asked for again, pair by pair.
+#[tokio::test]
+async fn rows_beyond_the_grid_have_the_same_bits_everywhere() {
+    // Not among the tokens that the router calibrates with.
+    const OUTLIER: u32 = 71;
+    let model = Chain::new().experts_add().outlier(OUTLIER).prefers([0, 3]).write();
+    let prompts = vec![vec![OUTLIER; 5], vec![70, OUTLIER, 72], (60..130).collect()];
+    check_bits(model.path(), &prompts, 4).await;
+
+    let cluster = Cluster::builder(&model).experts(2).without_gateway().start().await;
+    let router = cluster.router.router();
+    let pairs = async || cluster.expert_status(0).await.pairs + cluster.expert_status(1).await.pairs;
+    let before = pairs().await;
+    generate(router, &[70, OUTLIER, OUTLIER, 72], 1).await.expect("the router answers");
+    assert_eq!(pairs().await - before, 2 * 4 + 2 * 2, "two experts a row; those of two rows asked twice");
+}
