@@ -1,0 +1,215 @@
+//! The gRPC door: `shoal.v1.Chat`, over the same requests as HTTP.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures_util::{Stream, StreamExt as _};
+use proto::{
+    Error,
+    v1::{self, chat_server::Chat},
+};
+use serde_json::{Map, Value, json};
+use text::ChatInput;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    answer::{Delta, Logprob, Usage},
+    http::raw_prompts,
+    openai::completions::RawPrompt,
+    request::{Ask, Deltas, Options, serve},
+    service::Gateway,
+};
+
+pub(crate) struct Door(pub(crate) Arc<Gateway>);
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Chat for Door {
+    type ChatStreamStream = Replies<v1::ChatDelta>;
+    type CompleteStreamStream = Replies<v1::CompleteDelta>;
+
+    async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<Response<v1::ChatReply>, Status> {
+        let (id, mut deltas) = self.start_chat(request.into_inner()).await?;
+        let mut reply = v1::ChatReply { id, model: self.0.name.clone(), ..v1::ChatReply::default() };
+        while let Some(delta) = deltas.next().await {
+            let delta = delta?;
+            reply.content.push_str(&delta.content);
+            reply.reasoning_content.push_str(&delta.reasoning);
+            reply.logprobs.extend(delta.logprobs.into_iter().map(logprob));
+            if let Some((finish, total)) = delta.end {
+                reply.finish_reason = finish.as_str().to_owned();
+                reply.usage = Some(usage(&total));
+            }
+        }
+        Ok(Response::new(reply))
+    }
+
+    async fn chat_stream(
+        &self,
+        request: Request<v1::ChatRequest>,
+    ) -> Result<Response<Self::ChatStreamStream>, Status> {
+        let (id, deltas) = self.start_chat(request.into_inner()).await?;
+        let model = self.0.name.clone();
+        let replies = deltas.map(move |delta| {
+            let Delta { reasoning, content, logprobs, end, .. } = delta?;
+            Ok(v1::ChatDelta {
+                id: id.clone(),
+                model: model.clone(),
+                content,
+                reasoning_content: reasoning,
+                finish_reason: end.map(|(finish, _)| finish.as_str().to_owned()).unwrap_or_default(),
+                usage: end.map(|(_, total)| usage(&total)),
+                logprobs: logprobs.into_iter().map(logprob).collect(),
+            })
+        });
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn complete(&self, request: Request<v1::CompleteRequest>) -> Result<Response<v1::CompleteReply>, Status> {
+        let (id, mut deltas) = self.start_completion(request.into_inner()).await?;
+        let mut reply = v1::CompleteReply { id, model: self.0.name.clone(), ..v1::CompleteReply::default() };
+        while let Some(delta) = deltas.next().await {
+            let delta = delta?;
+            reply.text.push_str(&delta.content);
+            reply.token_ids.extend(delta.ids);
+            reply.logprobs.extend(delta.logprobs.into_iter().map(logprob));
+            if let Some((finish, total)) = delta.end {
+                reply.finish_reason = finish.as_str().to_owned();
+                reply.usage = Some(usage(&total));
+            }
+        }
+        Ok(Response::new(reply))
+    }
+
+    async fn complete_stream(
+        &self,
+        request: Request<v1::CompleteRequest>,
+    ) -> Result<Response<Self::CompleteStreamStream>, Status> {
+        let (id, deltas) = self.start_completion(request.into_inner()).await?;
+        let model = self.0.name.clone();
+        let replies = deltas.map(move |delta| {
+            let Delta { content, ids, logprobs, end, .. } = delta?;
+            Ok(v1::CompleteDelta {
+                id: id.clone(),
+                model: model.clone(),
+                text: content,
+                token_ids: ids,
+                finish_reason: end.map(|(finish, _)| finish.as_str().to_owned()).unwrap_or_default(),
+                usage: end.map(|(_, total)| usage(&total)),
+                logprobs: logprobs.into_iter().map(logprob).collect(),
+            })
+        });
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn models(&self, _: Request<v1::ModelsRequest>) -> Result<Response<v1::ModelsReply>, Status> {
+        let context_max = self.0.routes.context_max().unwrap_or(0);
+        let card = v1::ModelCard { id: self.0.name.clone(), context_max };
+        Ok(Response::new(v1::ModelsReply { models: vec![card] }))
+    }
+}
+
+impl Door {
+    async fn start_chat(&self, request: v1::ChatRequest) -> Result<(String, Deltas), Error> {
+        self.check_model(&request.model)?;
+        if request.messages.is_empty() {
+            return Err(Error::invalid("messages", "messages is empty"));
+        }
+        let kwargs: Map<String, Value> = match request.template_kwargs_json.as_str() {
+            "" => Map::new(),
+            text => serde_json::from_str(text).map_err(|error| {
+                Error::invalid("template_kwargs_json", format!("template_kwargs_json is not a JSON object: {error}"))
+            })?,
+        };
+        let message = |message: v1::ChatMessage| {
+            let mut value = json!({ "role": message.role, "content": message.content });
+            if !message.reasoning_content.is_empty() {
+                value["reasoning_content"] = json!(message.reasoning_content);
+            }
+            value
+        };
+        let input = ChatInput {
+            messages: request.messages.into_iter().map(message).collect(),
+            tools: Value::Null,
+            kwargs,
+            add_generation_prompt: true,
+            now: None,
+            as_given: false,
+        };
+        let prompt = self.0.chat_prompt(input).await?;
+        self.start("chatcmpl", prompt, request.options, true).await
+    }
+
+    async fn start_completion(&self, request: v1::CompleteRequest) -> Result<(String, Deltas), Error> {
+        self.check_model(&request.model)?;
+        let raw = match request.prompt {
+            Some(v1::complete_request::Prompt::Text(text)) => RawPrompt::Text(text),
+            Some(v1::complete_request::Prompt::TokenIds(ids)) => RawPrompt::Ids(ids.ids),
+            None => return Err(Error::invalid("prompt", "prompt is missing")),
+        };
+        let prompt = raw_prompts(&self.0, vec![raw])?.swap_remove(0);
+        self.start("cmpl", prompt, request.options, false).await
+    }
+
+    async fn start(
+        &self,
+        prefix: &str,
+        prompt: text::Prompt,
+        options: Option<v1::SamplingOptions>,
+        chat: bool,
+    ) -> Result<(String, Deltas), Error> {
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        let options = checked(options.unwrap_or_default())?;
+        let ask = Ask { id: id.clone(), prompts: vec![prompt], n: 1, options, chat };
+        Ok((format!("{prefix}-{id}"), serve(&self.0, ask).await?))
+    }
+
+    /// No name is any name: one model is served.
+    fn check_model(&self, name: &str) -> Result<(), Error> {
+        if name.is_empty() { Ok(()) } else { self.0.check_model(Some(name)) }
+    }
+}
+
+fn checked(options: v1::SamplingOptions) -> Result<Options, Error> {
+    let range = |name: &'static str, value: Option<f32>, (from, to): (f32, f32)| match value {
+        Some(value) if !(from..=to).contains(&value) => {
+            Err(Error::invalid(name, format!("{name} is {value}, wanted a number from {from} to {to}")))
+        }
+        value => Ok(value),
+    };
+    if options.max_tokens == Some(0) {
+        return Err(Error::invalid("max_tokens", "max_tokens is 0"));
+    }
+    Ok(Options {
+        temperature: range("temperature", options.temperature, (0.0, 2.0))?,
+        top_k: options.top_k,
+        top_p: range("top_p", options.top_p, (f32::MIN_POSITIVE, 1.0))?,
+        min_p: range("min_p", options.min_p, (0.0, 1.0))?,
+        seed: options.seed,
+        tokens_max: options.max_tokens,
+        tokens_min: 0,
+        stop: options.stop,
+        stop_token_ids: options.stop_token_ids,
+        ignore_eos: options.ignore_eos,
+        top_logprobs: options.top_logprobs,
+    })
+}
+
+fn usage(usage: &Usage) -> v1::TokenUsage {
+    v1::TokenUsage {
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        reasoning_tokens: usage.reasoning_tokens,
+        experts: usage.experts,
+        servers: usage.servers,
+    }
+}
+
+fn logprob(logprob: Logprob) -> v1::TokenLogprob {
+    v1::TokenLogprob {
+        token: logprob.token,
+        logprob: logprob.logprob,
+        bytes: logprob.bytes.into(),
+        top: logprob.top.into_iter().map(self::logprob).collect(),
+    }
+}

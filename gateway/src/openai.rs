@@ -1,0 +1,38 @@
+//! The words of the OpenAI API and nothing else: a foreign language at the door.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod error;
+pub(crate) mod fields;
+pub(crate) mod options;
+
+use serde_json::{Value, json};
+
+use crate::answer::{Logprob, Usage};
+
+/// `usage`, with the cluster's share in the answer beside it.
+pub(crate) fn usage(usage: &Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "completion_tokens_details": { "reasoning_tokens": usage.reasoning_tokens },
+        "shoal": { "experts": usage.experts, "servers": usage.servers },
+    })
+}
+
+/// One token of a chat's `logprobs.content`.
+pub(crate) fn token(logprob: &Logprob) -> Value {
+    let mut value = candidate(logprob);
+    value["top_logprobs"] = logprob.top.iter().map(candidate).collect();
+    value
+}
+
+fn candidate(logprob: &Logprob) -> Value {
+    json!({ "token": logprob.token, "logprob": logprob.logprob, "bytes": logprob.bytes })
+}
+
+/// A model's card.
+pub(crate) fn model(id: &str, created: u64, context_max: Option<u32>) -> Value {
+    json!({ "id": id, "object": "model", "created": created, "owned_by": "shoal", "max_model_len": context_max })
+}
