@@ -25,7 +25,11 @@ pub(crate) fn admit(gateway: &Arc<Gateway>, mut ask: Ask) -> Result<Admitted, Er
     let most = gateway.requests_max;
     let counted = gateway.requests.fetch_update(Relaxed, Relaxed, |n| (n < most).then_some(n + 1));
     counted.map_err(|n| {
-        Error::new(Code::Overloaded, "too_many_requests", format!("{n} requests are running, {most} are the limit"))
+        Error::new(
+            Code::Overloaded,
+            "too_many_requests",
+            format!("{n} requests are running, {most} are the limit"),
+        )
     })?;
     let defaults = &gateway.defaults;
     let options = &mut ask.options;

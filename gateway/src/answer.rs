@@ -90,8 +90,8 @@ impl Answer {
         choice: usize,
         (routed, replies, stop_ids): (Routed, Streaming<v1::GenerateReply>, Vec<u32>),
     ) -> Result<Self, Error> {
-        let detokenizer =
-            Detokenizer::new(Arc::clone(&gateway.model), &prompt.ids, ask.chat).map_err(|error| internal(&error))?;
+        let detokenizer = Detokenizer::new(Arc::clone(&gateway.model), &prompt.ids, ask.chat)
+            .map_err(|error| internal(&error))?;
         Ok(Self {
             model: Arc::clone(&gateway.model),
             choice,
@@ -121,9 +121,14 @@ impl Answer {
     async fn next(&mut self) -> Result<Delta, Error> {
         loop {
             let replies = self.replies.as_mut().ok_or_else(|| Error::internal("the answer has ended"))?;
-            let reply = replies.message().await.map_err(|status| Error::from_status(&status))?.ok_or_else(|| {
-                Error::new(Code::Unavailable, "router_gone", "the router ended the stream before the answer ended")
-            })?;
+            let reply =
+                replies.message().await.map_err(|status| Error::from_status(&status))?.ok_or_else(|| {
+                    Error::new(
+                        Code::Unavailable,
+                        "router_gone",
+                        "the router ended the stream before the answer ended",
+                    )
+                })?;
             let mut delta = Delta { choice: self.choice, ..Delta::default() };
             let mut stopped = false;
             for token in &reply.tokens {

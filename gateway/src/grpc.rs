@@ -65,7 +65,10 @@ impl Chat for Door {
         Ok(Response::new(Box::pin(replies)))
     }
 
-    async fn complete(&self, request: Request<v1::CompleteRequest>) -> Result<Response<v1::CompleteReply>, Status> {
+    async fn complete(
+        &self,
+        request: Request<v1::CompleteRequest>,
+    ) -> Result<Response<v1::CompleteReply>, Status> {
         let (id, mut deltas) = self.start_completion(request.into_inner()).await?;
         let mut reply = v1::CompleteReply { id, model: self.0.name.clone(), ..v1::CompleteReply::default() };
         while let Some(delta) = deltas.next().await {
@@ -118,7 +121,10 @@ impl Door {
         let kwargs: Map<String, Value> = match request.template_kwargs_json.as_str() {
             "" => Map::new(),
             text => serde_json::from_str(text).map_err(|error| {
-                Error::invalid("template_kwargs_json", format!("template_kwargs_json is not a JSON object: {error}"))
+                Error::invalid(
+                    "template_kwargs_json",
+                    format!("template_kwargs_json is not a JSON object: {error}"),
+                )
             })?,
         };
         let message = |message: v1::ChatMessage| {

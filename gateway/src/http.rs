@@ -89,7 +89,10 @@ async fn request_id(mut request: Request, next: Next) -> Response {
     response
 }
 
-async fn chat_completions(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, Refusal> {
+async fn chat_completions(
+    State(gateway): State<Arc<Gateway>>,
+    request: Request,
+) -> Result<Response, Refusal> {
     let (id, body) = read(&gateway, request).await?;
     let fields = Fields::new(&body)?;
     gateway.check_model(fields.text("model")?)?;
@@ -120,7 +123,10 @@ fn stream_chat(head: Head, deltas: Deltas, n: usize, include_usage: bool) -> Res
     sse::response(stream::iter(roles).chain(events))
 }
 
-async fn text_completions(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, Refusal> {
+async fn text_completions(
+    State(gateway): State<Arc<Gateway>>,
+    request: Request,
+) -> Result<Response, Refusal> {
     let (id, body) = read(&gateway, request).await?;
     let fields = Fields::new(&body)?;
     gateway.check_model(fields.text("model")?)?;
@@ -226,9 +232,11 @@ async fn read(gateway: &Gateway, request: Request) -> Result<(String, Value), Er
     check_content_type(request.headers())?;
     let body = read_body(request.into_body(), gateway.body_bytes_max).await?;
     let invalid = |what: String| Error::new(Code::InvalidArgument, "invalid_json", what);
-    let text = std::str::from_utf8(&body)
-        .map_err(|error| invalid(format!("the request body is not UTF-8: byte {} is wrong", error.valid_up_to())))?;
-    let value = serde_json::from_str(text).map_err(|error| invalid(format!("the request body is not JSON: {error}")))?;
+    let text = std::str::from_utf8(&body).map_err(|error| {
+        invalid(format!("the request body is not UTF-8: byte {} is wrong", error.valid_up_to()))
+    })?;
+    let value = serde_json::from_str(text)
+        .map_err(|error| invalid(format!("the request body is not JSON: {error}")))?;
     Ok((id, value))
 }
 
@@ -244,11 +252,14 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
 }
 
 async fn read_body(body: Body, most: usize) -> Result<Bytes, Error> {
-    let too_large = || Error::new(Code::TooLarge, "body_too_large", format!("the request body has more than {most} bytes"));
+    let too_large = || {
+        Error::new(Code::TooLarge, "body_too_large", format!("the request body has more than {most} bytes"))
+    };
     let mut chunks = body.into_data_stream();
     let mut bytes = Vec::new();
     while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|error| Error::new(Code::InvalidArgument, "broken_body", error.to_string()))?;
+        let chunk =
+            chunk.map_err(|error| Error::new(Code::InvalidArgument, "broken_body", error.to_string()))?;
         if bytes.len() + chunk.len() > most {
             return Err(too_large());
         }
@@ -291,7 +302,8 @@ async fn version() -> Response {
 
 async fn not_found(request: Request) -> Refusal {
     let path = request.uri().path();
-    Error::new(Code::NotFound, "unknown_url", format!("there is nothing at {} {path}", request.method())).into()
+    Error::new(Code::NotFound, "unknown_url", format!("there is nothing at {} {path}", request.method()))
+        .into()
 }
 
 async fn not_allowed(request: Request) -> Response {

@@ -58,14 +58,20 @@ pub(crate) async fn serve(gateway: &Arc<Gateway>, ask: Ask) -> Result<Deltas, Er
 }
 
 /// Sends one sequence to a router.
-async fn start(gateway: &Gateway, admitted: &Admitted, prompt: &Prompt, choice: usize) -> Result<Answer, Error> {
+async fn start(
+    gateway: &Gateway,
+    admitted: &Admitted,
+    prompt: &Prompt,
+    choice: usize,
+) -> Result<Answer, Error> {
     let routed = gateway.routes.choose()?;
     let request = generate_request(&admitted.ask, prompt, choice, &routed.status)?;
     let stop_ids: Vec<u32> = match request.ignore_eos {
         true => request.stop_ids.clone(),
         false => request.stop_ids.iter().chain(&routed.status.eos_ids).copied().collect(),
     };
-    let replies = routed.route.client().generate(request).await.map_err(|status| Error::from_status(&status))?;
+    let replies =
+        routed.route.client().generate(request).await.map_err(|status| Error::from_status(&status))?;
     Answer::new(gateway, &admitted.ask, prompt, choice, (routed, replies.into_inner(), stop_ids))
 }
 
@@ -86,11 +92,13 @@ fn generate_request(
         return Err(Error::new(Code::InvalidArgument, "context_length_exceeded", message).with_param(param));
     }
     if let Some(tokens_max) = options.tokens_max.filter(|&tokens| tokens as usize > context_max) {
-        let message = format!("max_tokens is {tokens_max}, the maximum context length is {context_max} tokens");
+        let message =
+            format!("max_tokens is {tokens_max}, the maximum context length is {context_max} tokens");
         return Err(Error::invalid("max_tokens", message));
     }
     // Each choice draws its own numbers; without a seed, numbers that nobody can repeat.
-    let seed = options.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0).wrapping_add(choice as u64);
+    let seed =
+        options.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0).wrapping_add(choice as u64);
     Ok(v1::GenerateRequest {
         request_id: ask.id.clone(),
         prompt_ids: prompt.ids.clone(),

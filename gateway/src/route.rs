@@ -64,6 +64,13 @@ impl Route {
         }
     }
 
+    /// Asks, and remembers what was heard.
+    async fn listen(&self) -> Heard {
+        let heard = self.ask().await;
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = heard.clone();
+        heard
+    }
+
     async fn ask(&self) -> Heard {
         let mut client = self.client();
         match tokio::time::timeout(STATUS_TIMEOUT, client.status(v1::RouterStatusRequest {})).await {
@@ -76,13 +83,11 @@ impl Route {
     async fn keep_asking(&self) {
         let mut ready = false;
         loop {
-            let heard = self.ask().await;
-            let now_ready = matches!(&heard, Heard::Status(status) if status.ready);
+            let now_ready = matches!(self.listen().await, Heard::Status(status) if status.ready);
             if now_ready != ready {
                 tracing::info!(router = %self.address, ready = now_ready, "router changed");
                 ready = now_ready;
             }
-            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = heard;
             tokio::time::sleep(STATUS_INTERVAL).await;
         }
     }
@@ -123,15 +128,21 @@ impl Routes {
         Ok(Self(routes))
     }
 
+    /// Asks every router once, so that the first request finds something known.
+    pub(crate) async fn listen(&self) {
+        futures_util::future::join_all(self.0.iter().map(|route| route.listen())).await;
+    }
+
     /// The router with the least of our work: among the ready ones, else among those that answer (they know how long to
     /// wait for what they miss).
     pub(crate) fn choose(&self) -> Result<Routed, Error> {
         let answering = || self.0.iter().filter_map(|route| Some((route, route.status()?)));
         let least = |route: &&Arc<Route>| route.outstanding.load(Relaxed);
         let ready = answering().filter(|(_, status)| status.ready).min_by_key(|(route, _)| least(route));
-        let (route, status) = ready
-            .or_else(|| answering().min_by_key(|(route, _)| least(route)))
-            .ok_or_else(|| Error::new(Code::Unavailable, "no_router", format!("no router answers: {}", self.describe())))?;
+        let (route, status) =
+            ready.or_else(|| answering().min_by_key(|(route, _)| least(route))).ok_or_else(|| {
+                Error::new(Code::Unavailable, "no_router", format!("no router answers: {}", self.describe()))
+            })?;
         route.outstanding.fetch_add(1, Relaxed);
         Ok(Routed { route: Arc::clone(route), status })
     }

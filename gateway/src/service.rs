@@ -47,13 +47,15 @@ impl Gateway {
     pub(crate) async fn chat_prompt(&self, input: ChatInput) -> Result<Prompt, Error> {
         let model = Arc::clone(&self.model);
         let rendered = tokio::task::spawn_blocking(move || model.prompt(&input)).await;
-        let rendered = rendered.map_err(|error| Error::internal(format!("rendering the prompt failed: {error}")))?;
+        let rendered =
+            rendered.map_err(|error| Error::internal(format!("rendering the prompt failed: {error}")))?;
         rendered.map_err(|error| match error {
             text::Error::Messages { param, message } => {
                 Error::new(Code::InvalidArgument, "invalid_value", message).with_param(param)
             }
             text::Error::Template(_) => {
-                Error::new(Code::InvalidArgument, "template_refused", error.to_string()).with_param("messages")
+                Error::new(Code::InvalidArgument, "template_refused", error.to_string())
+                    .with_param("messages")
             }
             text::Error::NoTemplate(message) => {
                 Error::new(Code::InvalidArgument, "no_chat_template", message).with_param("messages")
@@ -78,6 +80,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("the listening socket has no address")?;
     let gateway = Arc::new(assemble(&args, &tasks).await?);
+    gateway.routes.listen().await;
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ChatServer<Door>>().await;

@@ -1,1 +1,125 @@
+//! The one program: services, a whole cluster on one machine, and tools. Subcommands, nothing else.
 
+mod chat;
+mod checkpoint_dir;
+mod cluster;
+mod inspect;
+mod logits;
+mod member;
+mod process;
+mod table;
+mod text;
+mod up;
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::process::{LogArgs, Process};
+
+/// Serve Mixture-of-Experts models with the experts sharded over processes and machines.
+#[derive(Debug, Parser)]
+#[command(name = "shoal", version, propagate_version = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  shoal chat \"What is 348 + 277?\"          ask the bundled model, over two expert processes
+  shoal up --model DIR --experts 4         a whole cluster on this machine, API on port 8000
+  shoal inspect DIR                        what a checkpoint holds
+  shoal expert --model DIR --shard 1/4     one expert server, for a cluster over machines";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a gateway, a router and expert servers on this machine
+    Up(up::Args),
+    /// Ask a question, or talk: with a running gateway, or with a cluster started for the time of the chat
+    Chat(chat::Args),
+    /// Run a gateway
+    Gateway(Service<gateway::Args>),
+    /// Run a router
+    Router(Service<router_svc::Args>),
+    /// Run an expert server
+    Expert(Service<expert_svc::Args>),
+    /// Print what a checkpoint holds, without loading weights
+    Inspect(inspect::Args),
+    /// Compute logits and greedy tokens of given prompts through real processes
+    Logits(logits::Args),
+    /// Answer cases of golden text: tokenizer, detokenizer, chat template
+    Text(text::Args),
+    /// Print a shell's completions
+    Completions { shell: clap_complete::Shell },
+}
+
+/// A service's flags, and those of every service process.
+#[derive(Clone, Debug, clap::Args)]
+struct Service<A: clap::Args> {
+    #[command(flatten)]
+    args: A,
+    #[command(flatten)]
+    process: Process,
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let Cli { log, command } = Cli::parse();
+    match run(&log, command) {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell if this fails.
+            let _unheard = writeln!(io::stderr(), "error: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Gateway(service) => {
+            process::serve(log, service.process, |tasks, ready| gateway::run(service.args, tasks, ready))
+        }
+        Command::Router(service) => {
+            process::serve(log, service.process, |tasks, ready| router_svc::run(service.args, tasks, ready))
+        }
+        Command::Expert(service) => {
+            process::serve(log, service.process, |tasks, ready| expert_svc::run(service.args, tasks, ready))
+        }
+        Command::Up(args) => process::tool(log, up::run(args)),
+        Command::Chat(args) => process::tool(log, chat::run(args)),
+        Command::Logits(args) => process::tool(log, logits::run(args)),
+        Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Text(args) => text::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "shoal", &mut io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// An error and its causes in one line, each said once.
+fn chain(error: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if parts.last().is_none_or(|last| !last.ends_with(&text)) {
+            parts.push(text);
+        }
+    }
+    parts.join(": ")
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    })
+}

@@ -76,7 +76,9 @@ fn check_messages(messages: &Value) -> Result<(), Error> {
         }
         match message["role"].as_str() {
             Some(role) if ROLES.contains(&role) => {}
-            Some(role) => return Err(wrong(".role", &format!("is {role:?}, wanted one of {}", ROLES.join(", ")))),
+            Some(role) => {
+                return Err(wrong(".role", &format!("is {role:?}, wanted one of {}", ROLES.join(", "))));
+            }
             None => return Err(wrong(".role", "is missing")),
         }
         let calls = message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
@@ -95,7 +97,9 @@ fn template_kwargs(fields: &Fields<'_>) -> Result<Map<String, Value>, Error> {
     let mut kwargs = match fields.get("chat_template_kwargs") {
         None => Map::new(),
         Some(Value::Object(kwargs)) => kwargs.clone(),
-        Some(_) => return Err(Error::invalid("chat_template_kwargs", "chat_template_kwargs is not an object")),
+        Some(_) => {
+            return Err(Error::invalid("chat_template_kwargs", "chat_template_kwargs is not an object"));
+        }
     };
     let mut thinking = fields.flag("enable_thinking")?;
     match fields.get("thinking") {
@@ -104,7 +108,12 @@ fn template_kwargs(fields: &Fields<'_>) -> Result<Map<String, Value>, Error> {
         Some(value) => match value["type"].as_str() {
             Some("enabled") => thinking = Some(true),
             Some("disabled") => thinking = Some(false),
-            _ => return Err(Error::invalid("thinking", "thinking is not {\"type\": \"enabled\" | \"disabled\"}")),
+            _ => {
+                return Err(Error::invalid(
+                    "thinking",
+                    "thinking is not {\"type\": \"enabled\" | \"disabled\"}",
+                ));
+            }
         },
     }
     if let Some(thinking) = thinking {
@@ -187,7 +196,10 @@ impl Whole {
 
 /// The first chunk of a choice: it names the role.
 pub(crate) fn role_chunk(head: &Head, index: usize) -> Value {
-    chunk(head, json!([{ "index": index, "delta": { "role": "assistant", "content": "" }, "logprobs": null, "finish_reason": null }]))
+    chunk(
+        head,
+        json!([{ "index": index, "delta": { "role": "assistant", "content": "" }, "logprobs": null, "finish_reason": null }]),
+    )
 }
 
 /// A piece as a chunk.

@@ -72,7 +72,8 @@ impl<'a> Fields<'a> {
             None => Ok(Vec::new()),
             Some(Value::String(text)) => Ok(vec![text.clone()]),
             Some(value @ Value::Array(items)) if items.len() <= most => {
-                let texts: Option<Vec<String>> = items.iter().map(|item| item.as_str().map(str::to_owned)).collect();
+                let texts: Option<Vec<String>> =
+                    items.iter().map(|item| item.as_str().map(str::to_owned)).collect();
                 texts.ok_or_else(|| Self::wrong(key, value, &wanted()))
             }
             Some(value) => Err(Self::wrong(key, value, &wanted())),
@@ -85,10 +86,18 @@ impl<'a> Fields<'a> {
     }
 
     /// A constraint that is not built yet must not be ignored: anything but what means "none" is refused.
-    pub(crate) fn refuse(&self, key: &'static str, means_none: impl FnOnce(&Value) -> bool) -> Result<(), Error> {
+    pub(crate) fn refuse(
+        &self,
+        key: &'static str,
+        means_none: impl FnOnce(&Value) -> bool,
+    ) -> Result<(), Error> {
         match self.get(key) {
             Some(value) if !means_none(value) => {
-                let error = Error::new(Code::InvalidArgument, "unsupported_parameter", format!("{key} is not supported"));
+                let error = Error::new(
+                    Code::InvalidArgument,
+                    "unsupported_parameter",
+                    format!("{key} is not supported"),
+                );
                 Err(error.with_param(key))
             }
             Some(_) | None => Ok(()),

@@ -63,7 +63,8 @@ pub(crate) fn streaming(fields: &Fields<'_>) -> Result<Streaming, Error> {
     if !stream {
         return Err(Error::invalid("stream_options", "stream_options goes with stream: true only"));
     }
-    let inner = Fields::new(options).map_err(|_| Error::invalid("stream_options", "stream_options is not an object"))?;
+    let inner = Fields::new(options)
+        .map_err(|_| Error::invalid("stream_options", "stream_options is not an object"))?;
     Ok(Streaming { stream, include_usage: inner.flag("include_usage")?.unwrap_or(false) })
 }
 
@@ -71,7 +72,8 @@ fn refuse_constraints(fields: &Fields<'_>) -> Result<(), Error> {
     let zero = |value: &Value| value.as_f64() == Some(0.0);
     let one = |value: &Value| value.as_f64() == Some(1.0);
     let empty = |value: &Value| {
-        value.as_object().is_some_and(serde_json::Map::is_empty) || value.as_array().is_some_and(Vec::is_empty)
+        value.as_object().is_some_and(serde_json::Map::is_empty)
+            || value.as_array().is_some_and(Vec::is_empty)
     };
     fields.refuse("frequency_penalty", zero)?;
     fields.refuse("presence_penalty", zero)?;
@@ -81,7 +83,14 @@ fn refuse_constraints(fields: &Fields<'_>) -> Result<(), Error> {
     fields.refuse("bad_words", empty)?;
     fields.refuse("allowed_token_ids", empty)?;
     fields.refuse("response_format", |value| value["type"] == "text")?;
-    for key in ["structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "prompt_logprobs"] {
+    for key in [
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "prompt_logprobs",
+    ] {
         fields.refuse(key, |_| false)?;
     }
     fields.refuse("use_beam_search", |value| *value == Value::Bool(false))?;

@@ -1,0 +1,98 @@
+//! Frames that cannot be computed: each is answered with what is wrong, and the stream goes on.
+
+use bytes::Bytes;
+use proto::{Code, v1};
+
+use crate::{
+    checkpoint::Model,
+    harness::{Router, Server, frame},
+};
+
+const HIDDEN: usize = 64;
+
+/// A good frame with one thing changed.
+async fn check(router: &mut Router, change: impl FnOnce(&mut v1::Frame), reason: &str, message: &str) {
+    let mut wire = frame(HIDDEN, 2, &[0, 2]).into_wire();
+    change(&mut wire);
+    let error = router.ask_wire(wire).await.unwrap_err();
+    assert_eq!((error.reason.as_ref(), error.message.as_str()), (reason, message));
+    router.ask(frame(HIDDEN, 1, &[1])).await.expect("the stream lives");
+}
+
+fn rows(wire: &mut v1::Frame) -> &mut v1::Rows {
+    wire.rows.as_mut().unwrap()
+}
+
+#[tokio::test]
+async fn each_bad_frame_is_answered_and_the_stream_lives() {
+    let model = Model::random(HIDDEN, 16).write();
+    let server = Server::start(model.dir.path(), &["--experts", "0-3"]).await;
+    let router = &mut server.router().await;
+    let held = "held here: layers 1-2: experts 0-3";
+    let not_held = "expert_not_held";
+    check(router, |wire| wire.layer = 9, not_held, &format!("not held here: layer 9: experts 0,2; {held}"))
+        .await;
+    check(router, |wire| wire.layer = 0, not_held, &format!("not held here: layer 0: experts 0,2; {held}"))
+        .await;
+    let far = |wire: &mut v1::Frame| wire.assignment_expert[3] = 7;
+    check(router, far, not_held, &format!("not held here: layer 1: expert 7; {held}")).await;
+    let unknown = |wire: &mut v1::Frame| wire.assignment_expert[0] = u32::MAX;
+    check(router, unknown, not_held, &format!("not held here: layer 1: expert 4294967295; {held}")).await;
+
+    let narrow = |wire: &mut v1::Frame| (rows(wire).width, rows(wire).n_rows) = (32, 4);
+    check(router, narrow, "wrong_hidden_size", "rows.width is 32, the model's hidden_size is 64").await;
+    let nan = |wire: &mut v1::Frame| {
+        let mut data = rows(wire).data.to_vec();
+        data[4 * 65..4 * 66].copy_from_slice(&f32::NAN.to_le_bytes());
+        rows(wire).data = data.into();
+    };
+    check(router, nan, "not_finite", "rows.data is not finite at row 1, column 1").await;
+
+    let invalid = "invalid_value";
+    check(router, |wire| wire.rows = None, invalid, "rows is missing").await;
+    let short = |wire: &mut v1::Frame| rows(wire).data = Bytes::from_static(&[0; 8]);
+    check(router, short, invalid, "rows.data has 8 bytes, not 2 x 64 x 4 bytes").await;
+    let more_rows = |wire: &mut v1::Frame| rows(wire).n_rows = 3;
+    check(router, more_rows, invalid, "rows.data has 512 bytes, not 3 x 64 x 4 bytes").await;
+    check(router, |wire| rows(wire).dtype = 7, invalid, "unknown rows.dtype 7").await;
+    check(router, |wire| wire.combine = 0, invalid, "unknown combine 0").await;
+    let uneven = |wire: &mut v1::Frame| wire.assignment_expert.truncate(3);
+    check(router, uneven, invalid, "assignment_expert has 3 entries, assignment_row has 4").await;
+    let uneven = |wire: &mut v1::Frame| wire.assignment_weight.push(1.0);
+    check(router, uneven, invalid, "assignment_weight has 5 entries, assignment_row has 4").await;
+    let beyond = |wire: &mut v1::Frame| wire.assignment_row[2] = 2;
+    check(router, beyond, invalid, "assignment_row[2] is 2, the frame has 2 rows").await;
+    let no_assignments = |wire: &mut v1::Frame| {
+        (wire.assignment_row, wire.assignment_expert, wire.assignment_weight) = Default::default();
+    };
+    check(router, no_assignments, invalid, "the frame has no assignments").await;
+    check(
+        router,
+        |wire| *wire = v1::Frame { id: wire.id, ..Default::default() },
+        invalid,
+        "unknown combine 0",
+    )
+    .await;
+    let repeated = |wire: &mut v1::Frame| wire.assignment_expert.fill(2);
+    check(router, repeated, invalid, "expert 2 is assigned 4 times, the frame has 2 rows").await;
+    let narrowed = |wire: &mut v1::Frame| {
+        (rows(wire).dtype, rows(wire).n_rows) = (v1::Dtype::Bf16.into(), 4);
+        (wire.combine, wire.contribution_max) = (v1::Combine::Exact.into(), 1.0);
+    };
+    check(router, narrowed, invalid, "exact combine needs F32 rows, the frame has Bf16 rows").await;
+
+    let status = server.status().await;
+    assert_eq!((status.frames, status.frames_failed), (2 * 19, 19));
+    assert_eq!((status.rows, status.pairs), (19, 19));
+}
+
+#[tokio::test]
+async fn codes_tell_the_routers_what_may_help() {
+    let model = Model::random(HIDDEN, 16).write();
+    let server = Server::start(model.dir.path(), &["--shard", "1/2"]).await;
+    let mut router = server.router().await;
+    let error = router.ask(frame(HIDDEN, 1, &[5])).await.unwrap_err();
+    assert_eq!(error.code, Code::NotFound, "another holder may have it");
+    let error = router.ask(frame(32, 1, &[0])).await.unwrap_err();
+    assert_eq!(error.code, Code::InvalidArgument, "no holder will take it");
+}

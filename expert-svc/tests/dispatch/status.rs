@@ -1,0 +1,70 @@
+//! What a server says about itself.
+
+use proto::{WIRE_VERSION, v1};
+
+use crate::{
+    checkpoint::{Model, N_EXPERTS},
+    harness::{Server, frame},
+};
+
+fn holds(status: &v1::ExpertStatus) -> Vec<(u32, Vec<u32>)> {
+    status.holds.iter().map(|layer| (layer.layer, layer.experts.clone())).collect()
+}
+
+#[tokio::test]
+async fn status_says_what_is_held_and_done() {
+    let model = Model::random(64, 16).write();
+    let server = Server::start(model.dir.path(), &["--shard", "2/4"]).await;
+    let status = server.status().await;
+    assert_eq!(status.address, server.address.to_string());
+    assert_eq!((status.wire_version, status.hidden_size), (WIRE_VERSION, 64));
+    assert_eq!(holds(&status), [(1, vec![2, 3]), (2, vec![2, 3])]);
+    assert_eq!((status.state.as_str(), status.open_streams), ("ready", 0));
+    assert_eq!((status.frames, status.frames_failed, status.rows, status.pairs), (0, 0, 0, 0));
+    assert_eq!(status.shard_bytes, 4 * model.expert_bytes());
+    assert!(status.device.starts_with("cpu "), "{}", status.device);
+    assert!(!status.checkpoint.is_empty() && !status.version.is_empty());
+
+    let mut router = server.router().await;
+    router.ask(frame(64, 5, &[2, 3])).await.unwrap();
+    router.ask(frame(64, 1, &[0])).await.unwrap_err();
+    let status = server.status().await;
+    assert_eq!(status.open_streams, 1);
+    assert_eq!((status.frames, status.frames_failed, status.rows, status.pairs), (2, 1, 5, 10));
+}
+
+#[tokio::test]
+async fn instances_differ_and_checkpoints_agree() {
+    let model = Model::random(64, 16).write();
+    let other_model = Model::random(64, 8).write();
+    let first = Server::start(model.dir.path(), &["--shard", "1/2"]).await.status().await;
+    let second = Server::start(model.dir.path(), &["--shard", "2/2"]).await.status().await;
+    let other = Server::start(other_model.dir.path(), &[]).await.status().await;
+    assert_ne!(first.instance, second.instance);
+    assert_eq!(first.checkpoint, second.checkpoint);
+    assert_ne!(first.checkpoint, other.checkpoint);
+}
+
+#[tokio::test]
+async fn half_the_experts_map_half_the_bytes() {
+    // Experts of 768 KiB: pages at their ends weigh little.
+    let model = Model::random(256, 256).write();
+    let whole = Server::start(model.dir.path(), &[]).await.status().await;
+    let half = Server::start(model.dir.path(), &["--shard", "1/2"]).await.status().await;
+    assert_eq!(whole.shard_bytes, 2 * u64::from(N_EXPERTS) * model.expert_bytes());
+    assert_eq!(half.shard_bytes * 2, whole.shard_bytes);
+    for status in [&whole, &half] {
+        let mapped = status.mapped_bytes as f64 / status.shard_bytes as f64;
+        assert!((1.0..1.05).contains(&mapped), "{} mapped for {}", status.mapped_bytes, status.shard_bytes);
+        assert!(status.resident_bytes <= status.mapped_bytes);
+    }
+
+    let server = Server::start(model.dir.path(), &["--shard", "1/2"]).await;
+    let mut router = server.router().await;
+    for layer in [1, 2] {
+        let frame = frame(256, 2, &[0, 1, 2, 3]);
+        router.ask_wire(v1::Frame { layer, ..frame.into_wire() }).await.unwrap();
+    }
+    let used = server.status().await;
+    assert!(used.resident_bytes >= used.shard_bytes, "{} of {}", used.resident_bytes, used.shard_bytes);
+}

@@ -1,0 +1,144 @@
+//! A whole cluster on this machine: expert servers, a router, a gateway, each a child process.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use proto::v1::{self, router_client::RouterClient};
+use telemetry::Tasks;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::member::{Member, Spec};
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) model: PathBuf,
+    /// The flag that says what each expert server holds.
+    pub(crate) shards: Vec<[String; 2]>,
+    pub(crate) router_args: Vec<String>,
+    /// Where the gateway listens and its further flags; None: no gateway.
+    pub(crate) gateway: Option<(SocketAddr, Vec<String>)>,
+    pub(crate) quiet: bool,
+    pub(crate) log_args: Vec<String>,
+}
+
+impl Plan {
+    /// `n` contiguous shards.
+    pub(crate) fn shards(n: usize) -> Vec<[String; 2]> {
+        (1..=n).map(|i| ["--shard".to_owned(), format!("{i}/{n}")]).collect()
+    }
+}
+
+/// A free port of this machine only.
+pub(crate) const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// How long a router may take to find its experts and calibrate.
+const READY_TIMEOUT: Duration = Duration::from_secs(300);
+const READY_POLL: Duration = Duration::from_millis(20);
+
+pub(crate) struct Cluster {
+    pub(crate) experts: Vec<Member>,
+    pub(crate) router: Member,
+    pub(crate) gateway: Option<Member>,
+    tasks: Tasks,
+}
+
+impl Cluster {
+    /// Starts everything and waits until requests can be answered.
+    pub(crate) async fn start(plan: &Plan) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let tasks = Tasks::new();
+        let spec = |name: String, role: String, service: &str, listen: SocketAddr, args: Vec<String>| Spec {
+            name,
+            role,
+            program: program.clone(),
+            args: [
+                plan.log_args.clone(),
+                vec![service.to_owned(), "--model".to_owned(), plan.model.display().to_string()],
+                args,
+            ]
+            .concat(),
+            listen,
+            quiet: plan.quiet,
+        };
+        // Expert servers load side by side.
+        let starts = plan.shards.iter().enumerate().map(|(i, shard)| {
+            let role = format!("{} {}", shard[0].trim_start_matches('-'), shard[1]);
+            Member::start(spec(format!("expert{}", i + 1), role, "expert", LOCAL, shard.to_vec()), &tasks)
+        });
+        let experts: Vec<Member> = futures_util::future::try_join_all(starts).await?;
+        let registry: Vec<String> = experts.iter().map(|expert| expert.address.to_string()).collect();
+        let registry = vec!["--registry".to_owned(), format!("static://{}", registry.join(","))];
+        let args = [registry, plan.router_args.clone()].concat();
+        let role = "attention, gate, KV cache".to_owned();
+        let router = Member::start(spec("router".to_owned(), role, "router", LOCAL, args), &tasks).await?;
+        wait_until_ready(router.address).await?;
+        let gateway = match &plan.gateway {
+            None => None,
+            Some((listen, args)) => {
+                let registry = vec!["--registry".to_owned(), format!("static://{}", router.address)];
+                let args = [registry, args.clone()].concat();
+                let role = "OpenAI and gRPC API".to_owned();
+                let spec = spec("gateway".to_owned(), role, "gateway", *listen, args);
+                Some(Member::start(spec, &tasks).await?)
+            }
+        };
+        Ok(Self { experts, router, gateway, tasks })
+    }
+
+    pub(crate) fn members(&self) -> impl Iterator<Item = &Member> {
+        self.gateway.iter().chain([&self.router]).chain(&self.experts)
+    }
+
+    /// Ends it in order: nobody loses the ones it needs.
+    pub(crate) async fn stop(self) {
+        if let Some(gateway) = &self.gateway {
+            gateway.stop().await;
+        }
+        self.router.stop().await;
+        futures_util::future::join_all(self.experts.iter().map(Member::stop)).await;
+        self.tasks.begin_shutdown();
+    }
+}
+
+/// A client of a router of ours.
+pub(crate) async fn router_client(address: SocketAddr) -> anyhow::Result<RouterClient<Channel>> {
+    let channel = channel(&format!("http://{address}")).await?;
+    Ok(RouterClient::new(channel)
+        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(proto::MESSAGE_BYTES_MAX))
+}
+
+/// A connection to `url`.
+pub(crate) async fn channel(url: &str) -> anyhow::Result<Channel> {
+    let endpoint = Endpoint::from_shared(url.to_owned()).with_context(|| format!("{url:?} is not a URL"))?;
+    let endpoint = endpoint
+        .tcp_nodelay(true)
+        .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
+        .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES);
+    endpoint.connect().await.with_context(|| format!("cannot connect to {url}"))
+}
+
+async fn wait_until_ready(router: SocketAddr) -> anyhow::Result<()> {
+    let mut client = router_client(router).await?;
+    let mut last = v1::RouterStatus::default();
+    let wait = async {
+        loop {
+            last = client.status(v1::RouterStatusRequest {}).await?.into_inner();
+            if last.ready {
+                return Ok::<_, tonic::Status>(());
+            }
+            tokio::time::sleep(READY_POLL).await;
+        }
+    };
+    match tokio::time::timeout(READY_TIMEOUT, wait).await {
+        Ok(result) => result.context("the router does not answer"),
+        Err(_) => {
+            let details = last
+                .servers
+                .iter()
+                .map(|server| format!("{} {}: {}", server.address, server.state, server.detail));
+            bail!("the router is not ready: {}", details.collect::<Vec<_>>().join("; "))
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What every process of ours has: logs, a runtime, signals, the line that says where it listens, and an end with its
+//! parent.
+
+use std::{
+    future::Future,
+    io::{self, Read as _, Write as _},
+    net::SocketAddr,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde_json::json;
+use telemetry::{Tasks, log};
+use tokio::runtime::{Builder, Runtime};
+
+/// How a log line is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct LogArgs {
+    /// How log lines are written, to stderr
+    #[arg(long, global = true, env = "SHOAL_LOG", default_value = "text", value_name = "FORMAT")]
+    pub(crate) log: Format,
+    /// What is logged, as in RUST_LOG [default: info for services, warn for tools]
+    #[arg(long, global = true, env = "SHOAL_LOG_FILTER", value_name = "FILTER")]
+    pub(crate) log_filter: Option<String>,
+}
+
+/// Flags of every service process.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Process {
+    /// End when stdin closes: so a child ends with its parent, even a killed one
+    #[arg(long, hide = true)]
+    exit_with_stdin: bool,
+}
+
+/// How long a drain may go on after the parent is gone.
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(5);
+
+fn init(args: &LogArgs, default_filter: &str) -> anyhow::Result<Runtime> {
+    let format = match args.log {
+        Format::Text => log::Format::Text,
+        Format::Json => log::Format::Json,
+    };
+    log::init(format, args.log_filter.as_deref().unwrap_or(default_filter)).context("--log-filter")?;
+    Builder::new_multi_thread().enable_all().build().context("cannot start the async runtime")
+}
+
+/// Runs a service until SIGTERM, Ctrl-C, or the end of its parent.
+pub(crate) fn serve<F, R>(
+    log: &LogArgs,
+    process: Process,
+    run: impl FnOnce(Tasks, Box<dyn FnOnce(SocketAddr) + Send>) -> F,
+) -> anyhow::Result<ExitCode>
+where
+    F: Future<Output = anyhow::Result<R>>,
+{
+    let runtime = init(log, "info")?;
+    runtime.block_on(async {
+        let tasks = Tasks::new();
+        let signalled = tasks.clone();
+        tasks.spawn("signals", async move {
+            match telemetry::tasks::stop_signal().await {
+                Ok(()) => signalled.begin_shutdown(),
+                Err(error) => tracing::error!(%error, "cannot listen for signals"),
+            }
+        });
+        if process.exit_with_stdin {
+            end_with_stdin(tasks.clone())?;
+        }
+        run(tasks, Box::new(announce)).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Runs a tool; logs only what is worth a warning.
+pub(crate) fn tool(
+    log: &LogArgs,
+    run: impl Future<Output = anyhow::Result<ExitCode>>,
+) -> anyhow::Result<ExitCode> {
+    let runtime = init(log, "warn")?;
+    let result = runtime.block_on(run);
+    // A read of stdin that nobody will answer must not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+/// Tells whoever started this process where it listens.
+fn announce(address: SocketAddr) {
+    let mut out = io::stdout().lock();
+    let written = writeln!(out, "{}", json!({ "listening": address })).and_then(|()| out.flush());
+    if let Err(error) = written {
+        tracing::debug!(%error, "nobody reads where this process listens");
+    }
+}
+
+/// A thread of its own: reading stdin blocks, and the runtime may be what hangs.
+fn end_with_stdin(tasks: Tasks) -> anyhow::Result<()> {
+    let watch = move || {
+        let mut byte = [0];
+        while !matches!(io::stdin().read(&mut byte), Ok(0) | Err(_)) {}
+        tracing::warn!("the parent is gone, stopping");
+        tasks.begin_shutdown();
+        std::thread::park_timeout(ORPHAN_TIMEOUT);
+        end_now();
+    };
+    std::thread::Builder::new().name("stdin".into()).spawn(watch).context("cannot watch stdin")?;
+    Ok(())
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the parent is gone and the drain hangs: nobody waits for an exit code"
+)]
+fn end_now() {
+    std::process::exit(1);
+}
