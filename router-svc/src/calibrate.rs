@@ -17,7 +17,7 @@ const PROBE_ROWS: usize = 64;
 
 /// How far beyond the probe's largest contribution the bound lies. Rows beyond it are answered as pairs, which costs a
 /// round trip and no accuracy; each factor of two costs one bit of the grid.
-const HEADROOM: f32 = 8.0;
+const HEADROOM: f32 = 4.0;
 
 /// Finds the grids, or says why the probe could not run.
 pub(crate) fn calibrate(
