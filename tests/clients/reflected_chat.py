@@ -1,4 +1,4 @@
-"""A gRPC client that knows nothing but the reflection service: python grpc_reflection.py HOST:PORT
+"""A gRPC client that knows nothing but the reflection service: python reflected_chat.py HOST:PORT
 
 It finds shoal.v1.Chat on a gateway that serves minnow, builds its messages from the descriptors that it gets, and
 chats. That is what grpcurl does.
