@@ -44,8 +44,8 @@ pub struct ChatFormat(Kind);
 enum Kind {
     /// For requests without and with tools; often the same.
     Templates {
-        plain: Template,
-        with_tools: Option<Template>,
+        plain: Box<Template>,
+        with_tools: Option<Box<Template>>,
     },
     Code(FormatName),
 }
@@ -82,7 +82,7 @@ impl ChatFormat {
     }
 
     fn single(name: &str, source: Vec<u8>) -> Result<Self, Error> {
-        Ok(Self(Kind::Templates { plain: Template::new(name, source)?, with_tools: None }))
+        Ok(Self(Kind::Templates { plain: Box::new(Template::new(name, source)?), with_tools: None }))
     }
 
     fn listed(file: &str, list: &[Value]) -> Result<Self, Error> {
@@ -91,7 +91,9 @@ impl ChatFormat {
         };
         let compile = |name: &str| {
             let source = find(name).map(|source| source.to_owned().into_bytes());
-            source.map(|source| Template::new(&format!("{file}, template {name}"), source)).transpose()
+            source
+                .map(|source| Template::new(&format!("{file}, template {name}"), source).map(Box::new))
+                .transpose()
         };
         let default = compile("default")?;
         let plain =

@@ -56,8 +56,8 @@ impl Reasoning {
         match self.state {
             State::Start => {
                 let said = self.held.trim_start();
-                if said.starts_with(OPEN) {
-                    self.held = said[OPEN.len()..].to_owned();
+                if let Some(rest) = said.strip_prefix(OPEN) {
+                    self.held = rest.to_owned();
                     self.state = State::Reasoning;
                     true
                 } else if OPEN.starts_with(said) {
