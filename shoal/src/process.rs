@@ -105,8 +105,8 @@ fn end_with_stdin(tasks: Tasks) -> anyhow::Result<()> {
     let watch = move || {
         let mut byte = [0];
         while !matches!(io::stdin().read(&mut byte), Ok(0) | Err(_)) {}
-        tracing::warn!("the parent is gone, stopping");
         tasks.begin_shutdown();
+        tracing::warn!("the parent is gone, stopping");
         std::thread::park_timeout(ORPHAN_TIMEOUT);
         end_now();
     };

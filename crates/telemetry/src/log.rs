@@ -25,7 +25,12 @@ pub struct BadFilter {
 pub fn init(format: Format, filter: &str) -> Result<(), BadFilter> {
     let parsed =
         EnvFilter::try_new(filter).map_err(|source| BadFilter { filter: filter.to_owned(), source })?;
-    let lines = fmt().with_env_filter(parsed).with_writer(io::stderr).with_target(true);
+    let lines = fmt()
+        .with_env_filter(parsed)
+        .with_writer(io::stderr)
+        .with_target(true)
+        // Whoever read stderr may be gone. Complaining there, as is the default, panics.
+        .log_internal_errors(false);
     // The only way this fails is that another subscriber is in place already.
     let _already_set = match format {
         Format::Text => lines.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).try_init(),
