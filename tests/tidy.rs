@@ -125,7 +125,9 @@ fn modules_stay_in_their_rooms() {
         for pattern in wall.modules {
             let prefix = pattern.trim_end_matches('*');
             let mut n = 0;
-            for file in files.iter().filter(|file| file.path.starts_with(prefix) && !file.path.ends_with("tests.rs")) {
+            for file in
+                files.iter().filter(|file| file.path.starts_with(prefix) && !file.path.ends_with("tests.rs"))
+            {
                 n += 1;
                 for (number, line) in code(file) {
                     for word in wall.must_not_name.iter().filter(|word| line.contains(**word)) {
@@ -163,7 +165,8 @@ fn unsafe_is_where_it_is_expected() {
 fn files_are_short_and_in_their_place() {
     let mut found = Vec::new();
     for File { path, text } in files() {
-        let ours = [".rs", ".py", ".sh", ".md", ".proto", ".toml"].iter().any(|ending| path.ends_with(ending));
+        let ours =
+            [".rs", ".py", ".sh", ".md", ".proto", ".toml"].iter().any(|ending| path.ends_with(ending));
         let n_lines = text.lines().count();
         if ours && n_lines > LINES_MAX {
             found.push(format!("{path} has {n_lines} lines, {LINES_MAX} are the most"));
@@ -191,7 +194,8 @@ fn nothing_names_a_machine() {
             for path in homes.iter().chain(&others) {
                 // Part of a longer path or address is something else.
                 let named = line.match_indices(path.as_str()).any(|(at, _)| {
-                    !line[..at].ends_with(|before: char| before.is_alphanumeric() || "-_.})$/".contains(before))
+                    !line[..at]
+                        .ends_with(|before: char| before.is_alphanumeric() || "-_.})$/".contains(before))
                 });
                 if named {
                     found.push(format!("{}:{} names {path}", file.path, index + 1));
@@ -206,10 +210,13 @@ fn nothing_names_a_machine() {
 #[test]
 fn tests_do_not_link_what_they_test() {
     let mut found = Vec::new();
-    for file in rust_files().iter().filter(|file| file.path.starts_with("tests/") && file.path != "tests/binary.rs") {
+    for file in
+        rust_files().iter().filter(|file| file.path.starts_with("tests/") && file.path != "tests/binary.rs")
+    {
         for (number, line) in code(file) {
             let uses = ["shoal::", "router_svc", "expert_svc", "gateway::"].iter().any(|name| {
-                line.trim_start().starts_with(&format!("use {name}")) || line.contains(&format!(" {name}main"))
+                line.trim_start().starts_with(&format!("use {name}"))
+                    || line.contains(&format!(" {name}main"))
             });
             if uses {
                 found.push(format!("{}:{number}", file.path));
@@ -222,7 +229,8 @@ fn tests_do_not_link_what_they_test() {
 #[test]
 fn decisions_are_linked() {
     let files = files();
-    let index = files.iter().find(|file| file.path == "docs/adr/README.md").expect("docs/adr/README.md is there");
+    let index =
+        files.iter().find(|file| file.path == "docs/adr/README.md").expect("docs/adr/README.md is there");
     let missing = files
         .iter()
         .filter_map(|file| file.path.strip_prefix("docs/adr/").filter(|name| *name != "README.md"))
@@ -313,9 +321,12 @@ fn flags_in_the_docs_exist() {
 /// Files that ARCHITECTURE.md sends its readers to.
 #[test]
 fn files_in_the_map_exist() {
-    let map = fs::read_to_string(PathBuf::from(ROOT).join("ARCHITECTURE.md")).expect("ARCHITECTURE.md is there");
+    let map =
+        fs::read_to_string(PathBuf::from(ROOT).join("ARCHITECTURE.md")).expect("ARCHITECTURE.md is there");
     let mut found = Vec::new();
-    for quoted in map.split('`').skip(1).step_by(2).filter(|quoted| quoted.ends_with(".rs") && quoted.contains('/')) {
+    for quoted in
+        map.split('`').skip(1).step_by(2).filter(|quoted| quoted.ends_with(".rs") && quoted.contains('/'))
+    {
         if !Path::new(ROOT).join(quoted).exists() {
             found.push(quoted.to_owned());
         }

@@ -8,7 +8,11 @@ use proto::{Code, Error, v1};
 use text::{Detokenizer, Prompt, Reasoning, StopStrings, TextModel};
 use tonic::Streaming;
 
-use crate::{request::Ask, route::Routed, service::Gateway};
+use crate::{
+    request::Ask,
+    route::{Routed, failure},
+    service::Gateway,
+};
 
 /// Why a choice ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,14 +125,13 @@ impl Answer {
     async fn next(&mut self) -> Result<Delta, Error> {
         loop {
             let replies = self.replies.as_mut().ok_or_else(|| Error::internal("the answer has ended"))?;
-            let reply =
-                replies.message().await.map_err(|status| Error::from_status(&status))?.ok_or_else(|| {
-                    Error::new(
-                        Code::Unavailable,
-                        "router_gone",
-                        "the router ended the stream before the answer ended",
-                    )
-                })?;
+            let reply = replies.message().await.map_err(|status| failure(&status))?.ok_or_else(|| {
+                Error::new(
+                    Code::Unavailable,
+                    "router_gone",
+                    "the router ended the stream before the answer ended",
+                )
+            })?;
             let mut delta = Delta { choice: self.choice, ..Delta::default() };
             let mut stopped = false;
             for token in &reply.tokens {

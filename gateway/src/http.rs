@@ -255,6 +255,10 @@ async fn read_body(body: Body, most: usize) -> Result<Bytes, Error> {
     let too_large = || {
         Error::new(Code::TooLarge, "body_too_large", format!("the request body has more than {most} bytes"))
     };
+    // Announced or not: a client that announces too much need not send it first.
+    if axum::body::HttpBody::size_hint(&body).lower() > most as u64 {
+        return Err(too_large());
+    }
     let mut chunks = body.into_data_stream();
     let mut bytes = Vec::new();
     while let Some(chunk) = chunks.next().await {

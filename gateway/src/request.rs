@@ -9,6 +9,7 @@ use text::Prompt;
 use crate::{
     admit::{Admitted, admit},
     answer::{Answer, Delta},
+    route::failure,
     service::Gateway,
 };
 
@@ -70,9 +71,18 @@ async fn start(
         true => request.stop_ids.clone(),
         false => request.stop_ids.iter().chain(&routed.status.eos_ids).copied().collect(),
     };
-    let replies =
-        routed.route.client().generate(request).await.map_err(|status| Error::from_status(&status))?;
+    let replies = routed.route.client().generate(request).await.map_err(|status| {
+        let error = failure(&status);
+        // The router knows token ids only.
+        let names_prompt = error.param.as_deref() == Some("prompt_ids");
+        if names_prompt { error.with_param(prompt_param(&admitted.ask)) } else { error }
+    })?;
     Answer::new(gateway, &admitted.ask, prompt, choice, (routed, replies.into_inner(), stop_ids))
+}
+
+/// The request field that the prompt came from.
+fn prompt_param(ask: &Ask) -> &'static str {
+    if ask.chat { "messages" } else { "prompt" }
 }
 
 fn generate_request(
@@ -88,8 +98,8 @@ fn generate_request(
             "the prompt has {} tokens, the maximum context length is {context_max} tokens, the answer included",
             prompt.ids.len()
         );
-        let param = if ask.chat { "messages" } else { "prompt" };
-        return Err(Error::new(Code::InvalidArgument, "context_length_exceeded", message).with_param(param));
+        let error = Error::new(Code::InvalidArgument, "context_length_exceeded", message);
+        return Err(error.with_param(prompt_param(ask)));
     }
     if let Some(tokens_max) = options.tokens_max.filter(|&tokens| tokens as usize > context_max) {
         let message =

@@ -21,6 +21,11 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Tokens are small: what one sequence may have under way before its client reads.
+const STREAM_WINDOW_BYTES: u32 = 64 << 10;
+/// The most that HTTP/2 allows, over 30,000 streams' windows: clients that read nothing fill their own streams, and
+/// never the connection that all share.
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
 /// What was last heard of one router.
 #[derive(Clone, Debug)]
@@ -91,6 +96,17 @@ impl Route {
             tokio::time::sleep(STATUS_INTERVAL).await;
         }
     }
+}
+
+/// What a failed call to a router means for our client. A status that the router did not write is a connection that
+/// broke, whatever HTTP/2 calls it: the client is still there, so it is no cancel.
+pub(crate) fn failure(status: &tonic::Status) -> Error {
+    let error = Error::from_status(status);
+    if error.reason != "transport" {
+        return error;
+    }
+    let message = format!("the connection to the router broke: {}", error.message);
+    Error::new(Code::Unavailable, "router_gone", message)
 }
 
 pub(crate) struct Routes(Vec<Arc<Route>>);

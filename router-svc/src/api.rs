@@ -100,9 +100,8 @@ impl Api {
             let message = format!(
                 "the prompt has {n_prompt} tokens, the {what} is {limit} tokens, the answer included"
             );
-            return Err(
-                Error::new(Code::InvalidArgument, "context_length_exceeded", message).with_param("messages")
-            );
+            return Err(Error::new(Code::InvalidArgument, "context_length_exceeded", message)
+                .with_param("prompt_ids"));
         }
         if request.stop_ids.len() > STOP_IDS_MAX {
             let message = format!("{} stop ids, {STOP_IDS_MAX} are allowed", request.stop_ids.len());

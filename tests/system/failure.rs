@@ -16,6 +16,7 @@ use crate::{
     harness::{
         Cluster, Endpoint, Http, ask,
         http::Response,
+        sse::{Answer, Events},
         within,
     },
 };
@@ -54,7 +55,7 @@ fn endless() -> Checkpoint {
 }
 
 /// Starts `n` long streams and reads the first events of each.
-async fn long_streams(http: &Http, n: usize) -> Vec<crate::harness::sse::Events> {
+async fn long_streams(http: &Http, n: usize) -> Vec<Events> {
     let mut streams = Vec::new();
     for index in 0..n {
         let endpoint = Endpoint::ALL[index % 2];
@@ -69,23 +70,28 @@ async fn long_streams(http: &Http, n: usize) -> Vec<crate::harness::sse::Events>
 }
 
 /// Every stream ends whole, with the text that it would have had in peace.
-async fn assert_undisturbed(streams: Vec<crate::harness::sse::Events>) {
+async fn assert_undisturbed(streams: Vec<Events>) {
     for (index, mut events) in streams.into_iter().enumerate() {
         let chunks = events.rest().await;
-        let answer = crate::harness::sse::Answer::of_chunks(&chunks, 0);
+        let answer = Answer::of_chunks(&chunks, 0);
         assert_eq!(answer.finish_reason, "length", "stream {index}");
         let text = "yx".repeat(LONG / 2);
-        assert!(text.ends_with(&answer.text) && answer.text.len() >= LONG - 50, "stream {index}: {}", answer.text.len());
+        assert!(
+            text.ends_with(&answer.text) && answer.text.len() >= LONG - 50,
+            "stream {index}: {}",
+            answer.text.len()
+        );
     }
 }
 
 #[tokio::test]
 async fn an_idle_cluster_costs_nothing() {
     const WATCHED: Duration = Duration::from_secs(3);
-    let mut cluster = Cluster::builder(endless()).experts(2).start().await;
+    let mut cluster = Cluster::builder(&endless()).experts(2).start().await;
     assert_answers(&cluster.http()).await;
     cluster.idle().await;
-    let used = |cluster: &mut Cluster| cluster.members().map(|member| member.process.cpu_time()).collect::<Vec<_>>();
+    let used =
+        |cluster: &mut Cluster| cluster.members().map(|member| member.process.cpu_time()).collect::<Vec<_>>();
     let before = used(&mut cluster);
     tokio::time::sleep(WATCHED).await;
     for (index, (after, before)) in used(&mut cluster).into_iter().zip(before).enumerate() {
@@ -96,8 +102,8 @@ async fn an_idle_cluster_costs_nothing() {
 
 #[tokio::test]
 async fn half_the_experts_take_half_the_memory() {
-    let whole = Cluster::builder(minnow()).without_gateway().start().await;
-    let halves = Cluster::builder(minnow()).experts(2).without_gateway().start().await;
+    let whole = Cluster::builder(&minnow()).without_gateway().start().await;
+    let halves = Cluster::builder(&minnow()).experts(2).without_gateway().start().await;
     for cluster in [&whole, &halves] {
         let prompt: Vec<u32> = (2..400).collect();
         let generated = crate::harness::clients::generate(cluster.router.router(), &prompt, 8).await;
@@ -108,7 +114,10 @@ async fn half_the_experts_take_half_the_memory() {
     for index in 0..2 {
         let half = halves.expert_status(index).await;
         assert_eq!(2 * half.shard_bytes, whole.shard_bytes, "{half:?}");
-        for of in [|status: &v1::ExpertStatus| status.resident_bytes, |status: &v1::ExpertStatus| status.mapped_bytes] {
+        for of in [
+            |status: &v1::ExpertStatus| status.resident_bytes,
+            |status: &v1::ExpertStatus| status.mapped_bytes,
+        ] {
             let share = of(&half) as f64 / total(of);
             assert!((0.45..0.6).contains(&share), "{share} of {whole:?}: {half:?}");
         }

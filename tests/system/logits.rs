@@ -65,8 +65,11 @@ async fn odd_shapes_agree_with_the_reference() {
     let folder = fixture("odd");
     let mut n = 0;
     for checkpoint in std::fs::read_dir(&folder).expect("the fixtures are there") {
-        check_tool(&checkpoint.expect("it can be listed").path(), &["--experts", "3", "--chunk", "9"]).await;
-        n += 1;
+        let path = checkpoint.expect("it can be listed").path();
+        if path.is_dir() {
+            check_tool(&path, &["--experts", "3", "--chunk", "9"]).await;
+            n += 1;
+        }
     }
     assert!(n >= 8, "{n} checkpoints in {}", folder.display());
 }
@@ -95,6 +98,8 @@ async fn run(builder: Builder, chunk: usize, load: Load, prompts: &[Vec<u32>]) -
             results
         }
     };
+    // A step is counted after its tokens are sent: not before everything is over.
+    cluster.idle().await;
     let n_steps = cluster.router_status().await.steps;
     let n_alone: usize =
         prompts.iter().map(|prompt| prompt.len().div_ceil(chunk) + GREEDY as usize - 1).sum();
@@ -102,7 +107,6 @@ async fn run(builder: Builder, chunk: usize, load: Load, prompts: &[Vec<u32>]) -
         Load::Alone => assert_eq!(n_steps, n_alone as u64),
         Load::Together => assert!(n_steps < n_alone as u64, "{n_steps} steps: nothing was batched"),
     }
-    cluster.idle().await;
     results.into_iter().map(|result| result.expect("the router answers")).collect()
 }
 
@@ -133,7 +137,7 @@ fn random_placement(n_experts: u32, n: usize, mut seed: u64) -> Vec<String> {
 
 async fn check_bits(checkpoint: &Path, prompts: &[Vec<u32>], n_experts: u32) {
     for combine in ["exact", "pairs"] {
-        let builder = || Cluster::builder(checkpoint).router_args(&["--combine", combine]);
+        let builder = || Cluster::builder(&checkpoint.to_owned()).router_args(&["--combine", combine]);
         let reference = run(builder(), 256, Load::Alone, prompts).await;
         let lists = random_placement(n_experts, 3, 5);
         let lists: Vec<&str> = lists.iter().map(String::as_str).collect();
@@ -151,7 +155,8 @@ async fn check_bits(checkpoint: &Path, prompts: &[Vec<u32>], n_experts: u32) {
 }
 
 async fn check_bits_of_family(name: &str) {
-    let prompts: Vec<_> = Expected::beside(&fixture(name)).0.into_iter().map(|Case { prompt, .. }| prompt).collect();
+    let prompts: Vec<_> =
+        Expected::beside(&fixture(name)).0.into_iter().map(|Case { prompt, .. }| prompt).collect();
     check_bits(&fixture(name), &prompts, 16).await;
 }
 

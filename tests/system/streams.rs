@@ -5,11 +5,7 @@ use serde_json::{Value, json};
 use tokio_stream::StreamExt as _;
 
 use crate::{
-    fixtures::{
-        Chain,
-        byte_tokenizer::BOS,
-        chain::Checkpoint,
-    },
+    fixtures::{Chain, byte_tokenizer::BOS, chain::Checkpoint},
     harness::{
         Cluster, Endpoint, Http, ask, clients,
         sse::{Answer, Event},
@@ -44,14 +40,16 @@ async fn a_character_is_never_cut() {
         let bytes = text.as_bytes();
         chain = chain.recites_pieces(prompt, &[&bytes[..3], &bytes[3..5], &bytes[5..8], &bytes[8..]]);
     }
-    let cluster = Cluster::builder(chain.write()).experts(2).start().await;
+    let cluster = Cluster::builder(&chain.write()).experts(2).start().await;
     let http = &cluster.http();
     check_text(http, "1", &json!({}), "🌶éA", "stop").await;
     check_text(http, "2", &json!({}), FAMILY, "stop").await;
     // One detokenizer a request: no stream gets another one's bytes.
     let prompts: Vec<String> = ('a'..='h').map(String::from).collect();
     let options = json!({});
-    let all = join_all(prompts.iter().zip(&texts).map(|(prompt, text)| check_text(http, prompt, &options, text, "stop")));
+    let all = join_all(
+        prompts.iter().zip(&texts).map(|(prompt, text)| check_text(http, prompt, &options, text, "stop")),
+    );
     all.await;
     cluster.idle().await;
 }
@@ -99,7 +97,9 @@ async fn usage_comes_when_asked_for_and_once() {
     let cluster = Cluster::builder(&model).start().await;
     let http = &cluster.http();
     for endpoint in Endpoint::ALL {
-        for options in [json!({}), json!({"stream_options": null}), json!({"stream_options": {"include_usage": false}})] {
+        for options in
+            [json!({}), json!({"stream_options": null}), json!({"stream_options": {"include_usage": false}})]
+        {
             let (chunks, _) = usage_of(http, endpoint, &options).await;
             for chunk in &chunks {
                 assert_eq!(chunk["choices"].as_array().map(Vec::len), Some(1), "{options} {chunk}");
@@ -161,7 +161,8 @@ async fn the_beginning_of_a_sequence_is_there_once() {
     let cluster = Cluster::builder(&model).start().await;
     let http = &cluster.http();
     let check = async |endpoint: Endpoint, prompt: &str, n_tokens: usize| {
-        let usage = http.post(endpoint.path(), &endpoint.body(prompt, &json!({}))).await.ok()["usage"].clone();
+        let usage =
+            http.post(endpoint.path(), &endpoint.body(prompt, &json!({}))).await.ok()["usage"].clone();
         assert_eq!(usage["prompt_tokens"], n_tokens, "{endpoint:?} {prompt:?}");
     };
     check(Endpoint::Chat, "hi", 3).await;
@@ -169,7 +170,10 @@ async fn the_beginning_of_a_sequence_is_there_once() {
     // Special tokens in a user's text are text: five bytes.
     check(Endpoint::Completions, "<bos>hi", 1 + 5 + 2).await;
     check(Endpoint::Chat, "<bos>hi", 1 + 5 + 2).await;
-    let ids = http.post("/v1/completions", &json!({"prompt": [BOS, 104, 105]})).await.ok();
+    let ids = http
+        .post("/v1/completions", &Endpoint::Completions.body("", &json!({"prompt": [BOS, 104, 105]})))
+        .await
+        .ok();
     assert_eq!(ids["usage"]["prompt_tokens"], 3, "ids are taken as they are");
 }
 

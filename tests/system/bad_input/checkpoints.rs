@@ -17,8 +17,10 @@ use crate::{
 
 /// `shoal expert` that wants all experts.
 const EXPERT: &[&str] = &["expert", "--listen", "127.0.0.1:0", "--model"];
-const ROUTER: &[&str] = &["router", "--listen", "127.0.0.1:0", "--registry", "static://127.0.0.1:1", "--model"];
-const GATEWAY: &[&str] = &["gateway", "--listen", "127.0.0.1:0", "--registry", "static://127.0.0.1:1", "--model"];
+const ROUTER: &[&str] =
+    &["router", "--listen", "127.0.0.1:0", "--registry", "static://127.0.0.1:1", "--model"];
+const GATEWAY: &[&str] =
+    &["gateway", "--listen", "127.0.0.1:0", "--registry", "static://127.0.0.1:1", "--model"];
 const INSPECT: &[&str] = &["inspect"];
 
 /// `command` on the checkpoint ends with an error in which every word occurs, and never listens.
@@ -43,7 +45,8 @@ async fn accepts(command: &[&str], checkpoint: impl AsRef<Path>) -> String {
 /// Whether a service starts on it.
 async fn serves(command: &[&str], checkpoint: impl AsRef<Path>) {
     let args = command.iter().map(std::ffi::OsString::from);
-    let mut process = Process::spawn_service(format!("{command:?}"), args.chain([checkpoint.as_ref().into()]));
+    let mut process =
+        Process::spawn_service(format!("{command:?}"), args.chain([checkpoint.as_ref().into()]));
     process.address().await;
 }
 
@@ -58,7 +61,8 @@ async fn tensors_that_are_missing_or_misshapen() {
     refuses(ROUTER, &no_attention, &[o_proj]).await;
     serves(EXPERT, &no_attention).await;
     refuses(EXPERT, Chain::new().reshaped(up, &[16, 319]).write(), &[up, "[16, 319]", "[16, 320]"]).await;
-    refuses(ROUTER, Chain::new().reshaped(o_proj, &[16, 320]).write(), &[o_proj, "[16, 320]", "[320, 16]"]).await;
+    refuses(ROUTER, Chain::new().reshaped(o_proj, &[16, 320]).write(), &[o_proj, "[16, 320]", "[320, 16]"])
+        .await;
 }
 
 #[tokio::test]
@@ -69,7 +73,7 @@ async fn files_that_are_cut_corrupt_or_absent() {
         refuses(command, &cut, &[SECOND_FILE]).await;
         let empty = Variant::of(&whole).write(SECOND_FILE, b"");
         refuses(command, &empty, &[SECOND_FILE]).await;
-        let corrupt = Variant::of(&whole).bytes(SECOND_FILE, |bytes| bytes[20..40].fill(b'}'));
+        let corrupt = Variant::of(&whole).bytes(SECOND_FILE, |bytes| bytes[8..28].fill(b'}'));
         refuses(command, &corrupt, &[SECOND_FILE, "header"]).await;
         let huge = Variant::of(&whole).bytes(SECOND_FILE, |bytes| bytes[..8].fill(0xFF));
         refuses(command, &huge, &[SECOND_FILE]).await;
@@ -98,7 +102,8 @@ async fn an_index_that_is_wrong() {
     let gate = "model.layers.1.mlp.experts.0.gate_proj.weight";
     let moved = Variant::of(&whole).json(INDEX, |index| index["weight_map"][gate] = json!(FIRST_FILE));
     refuses(EXPERT, &moved, &[gate, SECOND_FILE, FIRST_FILE]).await;
-    let invented = Variant::of(&whole).json(INDEX, |index| index["weight_map"]["model.nothing"] = json!(FIRST_FILE));
+    let invented =
+        Variant::of(&whole).json(INDEX, |index| index["weight_map"]["model.nothing"] = json!(FIRST_FILE));
     refuses(EXPERT, &invented, &["model.nothing", FIRST_FILE]).await;
     let elsewhere = Variant::of(&whole).json(INDEX, |index| index["weight_map"][gate] = json!("../secret"));
     refuses(EXPERT, &elsewhere, &["../secret"]).await;
@@ -127,12 +132,31 @@ async fn configs_that_cannot_be_computed() {
 async fn optional_fields_may_be_absent_null_or_float() {
     let v3 = fixture("deepseek-v3");
     let whole = accepts(INSPECT, &v3).await;
-    let config: Value = serde_json::from_slice(&fs::read(v3.join("config.json")).expect("a config")).expect("JSON");
+    let config: Value =
+        serde_json::from_slice(&fs::read(v3.join("config.json")).expect("a config")).expect("JSON");
     let optional = [
-        "attention_bias", "attention_dropout", "bos_token_id", "dtype", "head_dim", "hidden_act", "initializer_range",
-        "model_type", "num_key_value_heads", "num_nextn_predict_layers", "output_router_logits", "pad_token_id",
-        "pretraining_tp", "qk_head_dim", "rms_norm_eps", "rope_interleave", "tie_word_embeddings",
-        "transformers_version", "use_cache", "norm_topk_prob", "sliding_window", "quantization_config",
+        "attention_bias",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "head_dim",
+        "hidden_act",
+        "initializer_range",
+        "model_type",
+        "num_key_value_heads",
+        "num_nextn_predict_layers",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "qk_head_dim",
+        "rms_norm_eps",
+        "rope_interleave",
+        "tie_word_embeddings",
+        "transformers_version",
+        "use_cache",
+        "norm_topk_prob",
+        "sliding_window",
+        "quantization_config",
     ];
     // All at once: each alone is a matter of the crate that reads them.
     let null = Variant::of(&v3).config(|config| optional.iter().for_each(|key| config[key] = Value::Null));
@@ -148,11 +172,9 @@ async fn optional_fields_may_be_absent_null_or_float() {
             }
         }
     });
-    assert_eq!(accepts(INSPECT, &floats).await, whole.replace(&shown(&v3), &shown(&floats)));
-}
-
-fn shown(path: impl AsRef<Path>) -> String {
-    path.as_ref().display().to_string()
+    // The first line has a hash over the file.
+    let below = |shown: String| shown.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(below(accepts(INSPECT, &floats).await), below(whole));
 }
 
 /// The logits of one prompt, as bits.
@@ -219,7 +241,7 @@ async fn a_head_that_is_missing_is_the_embedding_or_an_error() {
 async fn ids_that_end_an_answer() {
     let chain = |config: Value| Chain::new().walks(65, [66, 201, 67]).config("eos_token_id", config);
     let check = async |chain: Chain, text: &str| {
-        let cluster = Cluster::builder(chain.write()).start().await;
+        let cluster = Cluster::builder(&chain.write()).start().await;
         let options = json!({"max_tokens": 3});
         let answer = ask(&cluster.http(), Endpoint::Completions, "A", &options).await;
         let finish_reason = if text == "B" { "stop" } else { "length" };
@@ -248,10 +270,16 @@ async fn a_port_in_use_and_flags_that_make_no_sense() {
     }
     refuses(&["expert", "--shard", "5/4", "--model"], &model, &["--shard", "5/4"]).await;
     refuses(&["expert", "--experts", "0-4", "--model"], &model, &["0-4", "4 routed experts"]).await;
-    refuses(&["router", "--registry", "carrier-pigeon://x", "--model"], &model, &["carrier-pigeon", "static://"]).await;
+    refuses(
+        &["router", "--registry", "carrier-pigeon://x", "--model"],
+        &model,
+        &["carrier-pigeon", "static://"],
+    )
+    .await;
     let registry = ["router", "--registry", "static://127.0.0.1:1"];
     let flags = |flags: &[&'static str]| [&registry[..], flags, &["--model"]].concat();
-    refuses(&flags(&["--wire", "bf16", "--combine", "exact"]), &model, &["--wire bf16", "--combine fast"]).await;
+    refuses(&flags(&["--wire", "bf16", "--combine", "exact"]), &model, &["--wire bf16", "--combine fast"])
+        .await;
     refuses(&flags(&["--chunk", "0", "--pages", "0"]), &model, &["--chunk", "--pages"]).await;
     refuses(&flags(&["--context-max", "5000"]), &model, &["5000", "4096"]).await;
     let broken = Variant::of(&model).write("tokenizer.json", b"{}");

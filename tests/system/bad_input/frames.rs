@@ -87,7 +87,12 @@ async fn frames_that_cannot_be_computed_are_answered() {
     }
     let weight = v1::Frame { assignment_weight: vec![f32::NAN; 4], ..frame(HIDDEN, 2) };
     check(weight, "invalid_value", &["assignment_weight[0]"]).await;
-    check(v1::Frame { assignment_row: vec![0, 0, 5, 1], ..frame(HIDDEN, 2) }, "invalid_value", &["5", "2 rows"]).await;
+    check(
+        v1::Frame { assignment_row: vec![0, 0, 5, 1], ..frame(HIDDEN, 2) },
+        "invalid_value",
+        &["5", "2 rows"],
+    )
+    .await;
     assert!(cluster.experts[0].process.exit_status().is_none());
     cluster.ready().await;
 }

@@ -12,7 +12,7 @@ use crate::{
 const CONTEXT: &str = "200";
 
 async fn cluster(chain: Chain) -> Cluster {
-    Cluster::builder(chain.write()).router_args(&["--context-max", CONTEXT]).experts(2).start().await
+    Cluster::builder(&chain.write()).router_args(&["--context-max", CONTEXT]).experts(2).start().await
 }
 
 /// An error in OpenAI's shape that names the parameter and says the words.
@@ -94,8 +94,13 @@ async fn bodies_that_say_nothing() {
     check("nothing", b"", 400, &[]).await;
     check("half of it", br#"{"messages": [{"role": "#, 400, &["line 1"]).await;
     check("a list", b"[]", 400, &[]).await;
-    check("not UTF-8", b"{\"prompt\": \"\xff\xfe\", \"messages\": [{\"role\": \"user\", \"content\": \"\xff\"}]}", 400, &[])
-        .await;
+    check(
+        "not UTF-8",
+        b"{\"prompt\": \"\xff\xfe\", \"messages\": [{\"role\": \"user\", \"content\": \"\xff\"}]}",
+        400,
+        &[],
+    )
+    .await;
     check("deeply nested", "[".repeat(100_000).as_bytes(), 400, &[]).await;
     // More than any limit on bodies; the server may stop reading before the end.
     let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
@@ -107,8 +112,10 @@ async fn bodies_that_say_nothing() {
     for (method, path, status) in
         [("GET", "/v1/chat/completions", 405), ("GET", "/v1/nothing", 404), ("POST", "/v1/models", 405)]
     {
-        let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
-        let (answered, _) = http.send(request.as_bytes()).await.expect("it listens").head().await.expect("an answer");
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+        let (answered, _) =
+            http.send(request.as_bytes()).await.expect("it listens").head().await.expect("an answer");
         assert_eq!(answered, status, "{method} {path}");
     }
     assert_unharmed(&mut cluster).await;
@@ -138,7 +145,11 @@ async fn a_template_that_is_missing_or_refuses() {
 async fn grpc_requests_that_say_something_impossible() {
     let mut cluster = cluster(Chain::new().recites(b'>', "ok")).await;
     let request = |content: &str| v1::ChatRequest {
-        messages: vec![v1::ChatMessage { role: "user".into(), content: content.into(), ..Default::default() }],
+        messages: vec![v1::ChatMessage {
+            role: "user".into(),
+            content: content.into(),
+            ..Default::default()
+        }],
         ..Default::default()
     };
     let address = cluster.gateway().address;

@@ -3,6 +3,16 @@
 use super::*;
 use crate::harness::wait_for;
 
+/// The message of the error that a stream must end with.
+async fn error_of(mut events: Events) -> String {
+    let chunks = within(BOUNDED, "end of the stream", events.rest()).await;
+    let (last, others) = chunks.split_last().expect("an error");
+    assert!(last["error"]["message"].is_string(), "{last}");
+    let is_whole = |chunk: &serde_json::Value| chunk["choices"][0]["finish_reason"].is_string();
+    assert!(!others.iter().any(is_whole), "an answer that was cut is not called whole: {others:?}");
+    last["error"]["message"].to_string()
+}
+
 #[tokio::test]
 async fn an_expert_without_a_holder_is_named_and_comes_back() {
     let model = needs_expert_3().write();
@@ -52,18 +62,9 @@ async fn a_killed_expert_server_fails_only_who_needs_it() {
     let http = cluster.http();
     let streams = long_streams(&http, 4).await;
     cluster.experts[1].process.kill();
-    for mut events in streams {
-        // An error in the stream, and its end.
-        let ends = async {
-            let mut last = None;
-            while let Ok(Some(event)) = events.next().await {
-                last = Some(event);
-            }
-            last
-        };
-        let last = within(BOUNDED, "end of the stream", ends).await;
-        let said = format!("{last:?}");
-        assert!(said.contains("error") && said.contains("layer 1"), "{said}");
+    for events in streams {
+        let error = error_of(events).await;
+        assert!(error.contains("layer 1") && error.contains("expert"), "{error}");
     }
     cluster.wait_for_ready(503).await;
     assert_eq!(http.get("/health").await.status, 200, "alive");
@@ -101,7 +102,11 @@ async fn a_replica_takes_over_unnoticed() {
     cluster.restart_expert(0).await;
     wait_for("two holders", async || {
         let servers = cluster.router_status().await.servers;
-        if servers.iter().all(|server| server.state == "ready") { Ok(()) } else { Err(format!("{servers:?}")) }
+        if servers.iter().all(|server| server.state == "ready") {
+            Ok(())
+        } else {
+            Err(format!("{servers:?}"))
+        }
     })
     .await;
     cluster.experts[1].process.freeze();
@@ -148,16 +153,8 @@ async fn a_killed_router_ends_streams_and_readiness() {
     let http = cluster.http();
     let streams = long_streams(&http, 2).await;
     cluster.router.process.kill();
-    for mut events in streams {
-        let ends = async {
-            let mut last = None;
-            while let Ok(Some(event)) = events.next().await {
-                last = Some(event);
-            }
-            last
-        };
-        let said = format!("{:?}", within(BOUNDED, "end of the stream", ends).await);
-        assert!(said.contains("error"), "{said}");
+    for events in streams {
+        error_of(events).await;
     }
     cluster.wait_for_ready(503).await;
     assert_eq!(post(http).await.status, 503);

@@ -60,7 +60,8 @@ async fn a_drain_that_takes_too_long_is_cut() {
     let builder = Cluster::builder(&model).router_args(&["--drain-timeout", "300ms"]);
     let mut cluster = builder.gateway_args(&["--drain-timeout", "300ms"]).start().await;
     let http = cluster.http();
-    let body = Endpoint::Chat.body("x", &json!({"stream": true, "max_tokens": 4000, "n": 4, "ignore_eos": true}));
+    let body =
+        Endpoint::Chat.body("x", &json!({"stream": true, "max_tokens": 4000, "n": 4, "ignore_eos": true}));
     let mut events = http.stream(Endpoint::Chat.path(), &body).await;
     events.next().await.expect("the stream goes on");
     cluster.router.process.terminate();

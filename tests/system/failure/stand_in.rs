@@ -42,15 +42,17 @@ impl Behaviour {
     fn reply(self, frame: &v1::Frame) -> Result<v1::Reply, Status> {
         let n_rows = frame.assignment_row.len() as u32;
         let width = frame.rows.as_ref().map_or(0, |rows| rows.width);
-        let rows = |n_rows: u32, width: u32, value: f32| v1::reply::Outcome::Computed(v1::Computed {
-            rows: Some(v1::Rows {
-                dtype: v1::Dtype::F32.into(),
-                n_rows,
-                width,
-                data: value.to_le_bytes().repeat((n_rows * width) as usize).into(),
-            }),
-            ..Default::default()
-        });
+        let rows = |n_rows: u32, width: u32, value: f32| {
+            v1::reply::Outcome::Computed(v1::Computed {
+                rows: Some(v1::Rows {
+                    dtype: v1::Dtype::F32.into(),
+                    n_rows,
+                    width,
+                    data: value.to_le_bytes().repeat((n_rows * width) as usize).into(),
+                }),
+                ..Default::default()
+            })
+        };
         let outcome = match self {
             Self::NotFound => v1::reply::Outcome::Failure(v1::Failure {
                 code: "not_found".into(),
@@ -107,7 +109,10 @@ impl Expert for Service {
         Ok(Response::new(Box::pin(replies)))
     }
 
-    async fn status(&self, _: Request<v1::ExpertStatusRequest>) -> Result<Response<v1::ExpertStatus>, Status> {
+    async fn status(
+        &self,
+        _: Request<v1::ExpertStatusRequest>,
+    ) -> Result<Response<v1::ExpertStatus>, Status> {
         Ok(Response::new(self.status.clone()))
     }
 }

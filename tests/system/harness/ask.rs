@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Http, sse::Answer};
+use super::{Http, cluster::MODEL, sse::Answer};
 
 /// The two endpoints of the OpenAI API that generate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,9 +21,9 @@ impl Endpoint {
         }
     }
 
-    /// A greedy request with the fields of `options` on top. The model is left out: there is only one.
+    /// A greedy request with the fields of `options` on top.
     pub(crate) fn body(self, prompt: &str, options: &Value) -> Value {
-        let mut body = json!({"temperature": 0});
+        let mut body = json!({"model": MODEL, "temperature": 0});
         match self {
             Self::Chat => body["messages"] = json!([{"role": "user", "content": prompt}]),
             Self::Completions => body["prompt"] = json!(prompt),

@@ -2,9 +2,7 @@
 
 use std::net::SocketAddr;
 
-use proto::v1::{
-    self, chat_client::ChatClient, expert_client::ExpertClient, router_client::RouterClient,
-};
+use proto::v1::{self, chat_client::ChatClient, expert_client::ExpertClient, router_client::RouterClient};
 use tokio_stream::StreamExt as _;
 use tonic::{
     Status, Streaming,
@@ -15,25 +13,31 @@ use super::{wait_for::DEADLINE, within};
 
 /// A connection of its own, made at the first call and again after it broke.
 pub(crate) fn channel(address: SocketAddr) -> Channel {
-    connection(address, proto::HTTP2_WINDOW_BYTES)
+    connection(address, proto::HTTP2_WINDOW_BYTES, proto::HTTP2_WINDOW_BYTES)
 }
 
 /// The same, with room for what many streams hold that nobody reads.
 pub(crate) fn channel_for_many_streams(address: SocketAddr) -> Channel {
-    connection(address, 64 * proto::HTTP2_WINDOW_BYTES)
+    connection(address, proto::HTTP2_WINDOW_BYTES, 64 * proto::HTTP2_WINDOW_BYTES)
 }
 
-fn connection(address: SocketAddr, window_bytes: u32) -> Channel {
+fn connection(address: SocketAddr, stream_window_bytes: u32, window_bytes: u32) -> Channel {
     Endpoint::from_shared(format!("http://{address}"))
         .expect("an address")
         .tcp_nodelay(true)
-        .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
+        .initial_stream_window_size(stream_window_bytes)
         .initial_connection_window_size(window_bytes)
         .connect_lazy()
 }
 
 pub(crate) fn chat(address: SocketAddr) -> ChatClient<Channel> {
     ChatClient::new(channel(address))
+}
+
+/// A client to which little can be under way: HTTP/2's own default, which is the least for a connection.
+pub(crate) fn narrow_chat(address: SocketAddr) -> ChatClient<Channel> {
+    const WINDOW_BYTES: u32 = 65_535;
+    ChatClient::new(connection(address, WINDOW_BYTES, WINDOW_BYTES))
 }
 
 pub(crate) fn router(channel: Channel) -> RouterClient<Channel> {

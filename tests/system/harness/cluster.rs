@@ -1,23 +1,23 @@
 //! Expert servers, a router and a gateway, each a process on a free port.
 
-use std::{
-    ffi::OsString,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsString, net::SocketAddr, path::Path};
 
 use proto::v1::{self, expert_client::ExpertClient, router_client::RouterClient};
 use tonic::transport::Channel;
 
 use super::{Http, Process, clients, wait_for};
 
+/// What gateways call their model.
+pub(crate) const MODEL: &str = "tested";
+
+/// A checkpoint's folder, which may be gone when its last owner is.
+type Model = Box<dyn AsRef<Path> + Send + Sync>;
+
 /// What to start.
-#[derive(Clone)]
 pub(crate) struct Builder {
-    model: PathBuf,
+    model: Model,
     /// The flags that say which experts each server holds.
     holds: Vec<[String; 2]>,
-    expert_args: Vec<OsString>,
     /// Further expert servers, which the test runs itself.
     other_experts: Vec<SocketAddr>,
     router_args: Vec<OsString>,
@@ -80,11 +80,6 @@ impl Builder {
         self
     }
 
-    pub(crate) fn expert_args(mut self, args: &[&str]) -> Self {
-        self.expert_args.extend(os(args));
-        self
-    }
-
     /// One more expert server that the router is told of.
     pub(crate) fn also_expert_at(mut self, address: SocketAddr) -> Self {
         self.other_experts.push(address);
@@ -135,8 +130,9 @@ impl Builder {
             None => None,
             Some(extra) => {
                 let registry = format!("static://{}", router.address);
-                let args =
-                    self.service("gateway").chain(os(&["--listen", "127.0.0.1:0", "--registry", &registry]));
+                let fixed =
+                    ["--listen", "127.0.0.1:0", "--served-model-name", MODEL, "--registry", &registry];
+                let args = self.service("gateway").chain(os(&fixed));
                 Some(Member::start("gateway", args.chain(extra.iter().cloned()).collect()).await)
             }
         };
@@ -144,26 +140,21 @@ impl Builder {
     }
 
     fn service(&self, name: &str) -> impl Iterator<Item = OsString> + use<> {
-        [name.into(), "--model".into(), self.model.clone().into_os_string()].into_iter()
+        [name.into(), "--model".into(), (*self.model).as_ref().into()].into_iter()
     }
 
     fn args_of_expert(&self, index: usize, listen: OsString) -> Vec<OsString> {
         let holds = self.holds[index].iter().map(OsString::from);
-        self.service("expert")
-            .chain(["--listen".into(), listen])
-            .chain(holds)
-            .chain(self.expert_args.iter().cloned())
-            .collect()
+        self.service("expert").chain(["--listen".into(), listen]).chain(holds).collect()
     }
 }
 
 impl Cluster {
     /// One expert server with everything, a router and a gateway, all with their defaults.
-    pub(crate) fn builder(model: impl AsRef<Path>) -> Builder {
+    pub(crate) fn builder(model: &(impl AsRef<Path> + Clone + Send + Sync + 'static)) -> Builder {
         Builder {
-            model: model.as_ref().to_owned(),
+            model: Box::new(model.clone()),
             holds: vec![["--shard".to_owned(), "1/1".to_owned()]],
-            expert_args: Vec::new(),
             other_experts: Vec::new(),
             router_args: Vec::new(),
             gateway_args: Some(Vec::new()),

@@ -26,7 +26,9 @@ pub(crate) struct Response {
 
 impl Http {
     pub(crate) async fn get(&self, path: &str) -> Response {
-        self.exchange(&self.request("GET", path, b"")).await.unwrap_or_else(|error| panic!("GET {path}: {error}"))
+        self.exchange(&self.request("GET", path, b""))
+            .await
+            .unwrap_or_else(|error| panic!("GET {path}: {error}"))
     }
 
     /// `get` for a server that may be away.
@@ -47,9 +49,8 @@ impl Http {
     /// Posts `body` and hands over the connection once the head of the response has come: the events follow.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> Events {
         let mut connection = self.open(path, body).await;
-        let (status, headers) = within(DEADLINE, "response head", connection.head())
-            .await
-            .unwrap_or_else(|error| panic!("POST {path}: {error}"));
+        let (status, headers) =
+            connection.head().await.unwrap_or_else(|error| panic!("POST {path}: {error}"));
         if status != 200 {
             let body = connection.body(&headers).await.unwrap_or_default();
             panic!("POST {path}: {status} {}", String::from_utf8_lossy(&body));
@@ -118,6 +119,10 @@ pub(crate) struct Connection {
 impl Connection {
     /// Status and headers.
     pub(crate) async fn head(&mut self) -> std::io::Result<(u16, Vec<(String, String)>)> {
+        within(DEADLINE, "response head", self.read_head()).await
+    }
+
+    async fn read_head(&mut self) -> std::io::Result<(u16, Vec<(String, String)>)> {
         let status_line = self.line().await?;
         let status = status_line.split(' ').nth(1).and_then(|code| code.parse().ok());
         let status = status.ok_or_else(|| invalid(format!("status line {status_line:?}")))?;

@@ -126,7 +126,8 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) {
-        kill(self.pid(), signal).unwrap_or_else(|error| panic!("cannot send {signal} to {}: {error}", self.name));
+        kill(self.pid(), signal)
+            .unwrap_or_else(|error| panic!("cannot send {signal} to {}: {error}", self.name));
     }
 
     pub(crate) fn pid(&self) -> Pid {
