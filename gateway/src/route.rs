@@ -119,8 +119,8 @@ impl Routes {
                 .map_err(|error| Error::invalid("registry", format!("{address} is not an address: {error}")))?
                 .connect_timeout(CONNECT_TIMEOUT)
                 .tcp_nodelay(true)
-                .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
-                .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
+                .initial_stream_window_size(STREAM_WINDOW_BYTES)
+                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                 .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
                 .keep_alive_timeout(KEEPALIVE_TIMEOUT);
             let client = RouterClient::new(endpoint.connect_lazy())
