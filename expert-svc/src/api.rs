@@ -50,7 +50,7 @@ impl Expert for Api {
             checkpoint: self.shard.checkpoint().to_owned(),
             hidden_size: u32::try_from(self.shard.hidden_size()).unwrap_or(u32::MAX),
             holds: holds.collect(),
-            device: "cpu".to_owned(),
+            device: format!("cpu {}", model::Isa::detect().name()),
             shard_bytes: experts.shard_bytes(),
             resident_bytes: experts.resident_bytes().unwrap_or(0),
             mapped_bytes: experts.mapped_bytes(),

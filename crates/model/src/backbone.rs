@@ -23,7 +23,8 @@ impl Backbone {
         let config = checkpoint.config().clone();
         let shape = [config.vocab_size, config.hidden_size];
         // A head of its own is used where there is one, also beside `tie_word_embeddings`.
-        let has_head = checkpoint.tensors().contains_key(LM_HEAD) || checkpoint.absent().contains_key(LM_HEAD);
+        let has_head =
+            checkpoint.tensors().contains_key(LM_HEAD) || checkpoint.absent().contains_key(LM_HEAD);
         let head = match (has_head, config.tie_word_embeddings) {
             (true, _) => LM_HEAD,
             (false, true) => EMBED_TOKENS,

@@ -8,27 +8,27 @@ use serde_json::json;
 use tempfile::TempDir;
 
 /// The decoder layers with routed experts; layer 0 is dense.
-pub const MOE_LAYERS: [u32; 2] = [1, 2];
-pub const N_EXPERTS: u32 = 8;
+pub(crate) const MOE_LAYERS: [u32; 2] = [1, 2];
+pub(crate) const N_EXPERTS: u32 = 8;
 
 /// `gate_proj` and `up_proj` (`[intermediate, hidden]`) and `down_proj` (`[hidden, intermediate]`) of one expert.
 #[derive(Clone, Debug)]
-pub struct Weights {
-    pub gate: Vec<f32>,
-    pub up: Vec<f32>,
-    pub down: Vec<f32>,
+pub(crate) struct Weights {
+    pub(crate) gate: Vec<f32>,
+    pub(crate) up: Vec<f32>,
+    pub(crate) down: Vec<f32>,
 }
 
-pub struct Model {
-    pub dir: TempDir,
-    pub hidden: usize,
-    pub intermediate: usize,
-    pub experts: BTreeMap<(LayerId, ExpertId), Weights>,
+pub(crate) struct Model {
+    pub(crate) dir: TempDir,
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) experts: BTreeMap<(LayerId, ExpertId), Weights>,
 }
 
 impl Model {
     /// Numbers that look random and are the same every time.
-    pub fn random(hidden: usize, intermediate: usize) -> Self {
+    pub(crate) fn random(hidden: usize, intermediate: usize) -> Self {
         let mut seed = 1;
         let mut matrix =
             || -> Vec<f32> { (0..hidden * intermediate).map(|_| uniform(&mut seed) * 0.5).collect() };
@@ -41,12 +41,12 @@ impl Model {
     }
 
     /// Gives one expert other weights, before [`Model::write`].
-    pub fn with(mut self, layer: u32, expert: u32, change: impl FnOnce(&mut Weights)) -> Self {
+    pub(crate) fn with(mut self, layer: u32, expert: u32, change: impl FnOnce(&mut Weights)) -> Self {
         change(self.experts.get_mut(&(LayerId(layer), ExpertId(expert))).unwrap());
         self
     }
 
-    pub fn write(self) -> Self {
+    pub(crate) fn write(self) -> Self {
         let config = json!({
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
@@ -99,12 +99,12 @@ impl Model {
     }
 
     /// Bytes of one expert.
-    pub fn expert_bytes(&self) -> u64 {
+    pub(crate) fn expert_bytes(&self) -> u64 {
         (3 * self.hidden * self.intermediate * 4) as u64
     }
 
     /// One expert's output for one row, in f64.
-    pub fn reference(&self, layer: u32, expert: u32, row: &[f32]) -> Vec<f64> {
+    pub(crate) fn reference(&self, layer: u32, expert: u32, row: &[f32]) -> Vec<f64> {
         let Weights { gate, up, down } = &self.experts[&(LayerId(layer), ExpertId(expert))];
         let row: Vec<f64> = row.iter().copied().map(f64::from).collect();
         let inner: Vec<f64> = product(gate, &row)
@@ -128,7 +128,7 @@ fn product(matrix: &[f32], vector: &[f64]) -> Vec<f64> {
 }
 
 /// A number in -1..1; splitmix64.
-pub fn uniform(seed: &mut u64) -> f32 {
+pub(crate) fn uniform(seed: &mut u64) -> f32 {
     *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut bits = *seed;
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -25,7 +25,7 @@ use crate::checkpoint::uniform;
 const WATCHDOG: Duration = Duration::from_secs(60);
 
 /// Ends a test that hangs.
-pub async fn watched<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn watched<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(WATCHDOG, future).await.unwrap_or_else(|_| panic!("{what}: nothing happens"))
 }
 
@@ -35,20 +35,20 @@ struct Cli {
     args: expert_svc::Args,
 }
 
-pub fn args(model: &Path, flags: &[&str]) -> expert_svc::Args {
+pub(crate) fn args(model: &Path, flags: &[&str]) -> expert_svc::Args {
     let model = model.to_str().unwrap();
     Cli::parse_from(["expert", "--model", model].iter().chain(flags)).args
 }
 
-pub struct Server {
-    pub address: SocketAddr,
-    pub tasks: Tasks,
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    pub(crate) tasks: Tasks,
     ended: oneshot::Receiver<anyhow::Result<()>>,
 }
 
 impl Server {
     /// `flags` beyond `--model` and `--listen`.
-    pub async fn start(model: &Path, flags: &[&str]) -> Self {
+    pub(crate) async fn start(model: &Path, flags: &[&str]) -> Self {
         let (ready, address) = oneshot::channel();
         let (end, ended) = oneshot::channel();
         let tasks = Tasks::new();
@@ -57,24 +57,18 @@ impl Server {
         tasks.spawn("server", async move {
             let result = expert_svc::run(args, inner, |address| ready.send(address).unwrap()).await;
             // The test may be over.
-            let _ = end.send(result);
+            let _unheard = end.send(result);
         });
         let address = watched("start", address).await.expect("the server does not start");
         Self { address, tasks, ended }
     }
 
-    /// Begins the drain and waits for the end of it.
-    pub async fn stop(self) -> anyhow::Result<()> {
-        self.tasks.begin_shutdown();
-        self.ended().await
-    }
-
     /// Waits for the end.
-    pub async fn ended(self) -> anyhow::Result<()> {
+    pub(crate) async fn ended(self) -> anyhow::Result<()> {
         watched("end of the server", self.ended).await.unwrap()
     }
 
-    pub async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         Endpoint::from_shared(format!("http://{}", self.address))
             .unwrap()
             .tcp_nodelay(true)
@@ -85,52 +79,52 @@ impl Server {
             .unwrap()
     }
 
-    pub async fn client(&self) -> ExpertClient<Channel> {
+    pub(crate) async fn client(&self) -> ExpertClient<Channel> {
         client(self.channel().await)
     }
 
-    pub async fn status(&self) -> v1::ExpertStatus {
+    pub(crate) async fn status(&self) -> v1::ExpertStatus {
         self.client().await.status(v1::ExpertStatusRequest {}).await.unwrap().into_inner()
     }
 
     /// A router with a connection of its own.
-    pub async fn router(&self) -> Router {
+    pub(crate) async fn router(&self) -> Router {
         Router::open(&mut self.client().await).await
     }
 }
 
-pub fn client(channel: Channel) -> ExpertClient<Channel> {
+pub(crate) fn client(channel: Channel) -> ExpertClient<Channel> {
     ExpertClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX + (1 << 20))
 }
 
 /// One dispatch stream.
-pub struct Router {
-    pub frames: mpsc::Sender<v1::Frame>,
-    pub replies: Streaming<v1::Reply>,
+pub(crate) struct Router {
+    pub(crate) frames: mpsc::Sender<v1::Frame>,
+    pub(crate) replies: Streaming<v1::Reply>,
 }
 
 impl Router {
-    pub async fn open(client: &mut ExpertClient<Channel>) -> Self {
+    pub(crate) async fn open(client: &mut ExpertClient<Channel>) -> Self {
         let (frames, receiver) = mpsc::channel(1);
         let call = client.dispatch(ReceiverStream::new(receiver));
         let replies = watched("dispatch", call).await.unwrap().into_inner();
         Self { frames, replies }
     }
 
-    pub async fn send(&self, frame: impl Into<v1::Frame>) {
+    pub(crate) async fn send(&self, frame: impl Into<v1::Frame>) {
         watched("send", self.frames.send(frame.into())).await.expect("the server does not read");
     }
 
     /// The next reply; None at a clean end.
-    pub async fn reply(&mut self) -> Option<Reply> {
+    pub(crate) async fn reply(&mut self) -> Option<Reply> {
         let reply = watched("reply", self.replies.message()).await.expect("the stream broke")?;
         Some(Reply::from_wire(reply).unwrap())
     }
 
     /// Sends a frame and waits for its reply, with no other frame on the way.
-    pub async fn ask_wire(&mut self, frame: v1::Frame) -> Result<Computed, Error> {
+    pub(crate) async fn ask_wire(&mut self, frame: v1::Frame) -> Result<Computed, Error> {
         let id = frame.id;
         self.send(frame).await;
         let reply = self.reply().await.expect("the stream ended");
@@ -138,13 +132,13 @@ impl Router {
         reply.outcome
     }
 
-    pub async fn ask(&mut self, frame: Frame) -> Result<Computed, Error> {
+    pub(crate) async fn ask(&mut self, frame: Frame) -> Result<Computed, Error> {
         self.ask_wire(frame.into_wire()).await
     }
 }
 
 /// `n_rows` rows that look random; each is assigned to `experts`, with weights that differ.
-pub fn frame(hidden: usize, n_rows: usize, experts: &[u32]) -> Frame {
+pub(crate) fn frame(hidden: usize, n_rows: usize, experts: &[u32]) -> Frame {
     let mut seed = 77;
     let values: Vec<f32> = (0..n_rows * hidden).map(|_| uniform(&mut seed)).collect();
     let assignments = (0..n_rows as u32).flat_map(|row| {
@@ -166,7 +160,7 @@ pub fn frame(hidden: usize, n_rows: usize, experts: &[u32]) -> Frame {
 }
 
 /// The frame with row `row` alone.
-pub fn row_alone(frame: &Frame, row: usize) -> Frame {
+pub(crate) fn row_alone(frame: &Frame, row: usize) -> Frame {
     let width = frame.rows.width();
     let values = &frame.rows.to_f32()[row * width..][..width];
     let own = frame.assignments.iter().filter(|assignment| assignment.row.index() == row);
@@ -177,6 +171,6 @@ pub fn row_alone(frame: &Frame, row: usize) -> Frame {
     }
 }
 
-pub fn bits(values: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }

@@ -1,5 +1,7 @@
 //! An expert server as its routers see it: real sockets, tiny checkpoints made on the spot.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
+
 mod checkpoint;
 mod harness;
 
