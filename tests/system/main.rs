@@ -2,6 +2,7 @@
 //! public APIs, and leaves nothing behind. One module a promise.
 
 #![expect(clippy::panic, reason = "helpers fail a test as its own body does")]
+#![expect(clippy::print_stdout, reason = "a failed test shows the last lines of its processes")]
 
 mod fixtures;
 mod harness;
