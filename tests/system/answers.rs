@@ -11,9 +11,10 @@ use serde_json::json;
 use tokio_stream::StreamExt as _;
 
 use crate::{
-    fixtures::minnow,
+    fixtures::{Chain, minnow},
     harness::{
-        Cluster, Endpoint, Http, Process, ask, clients, cluster::MODEL, sse::Answer, up::Up, wait_for,
+        Cluster, Endpoint, Http, Process, ask, clients, cluster::MODEL, process::Ended, sse::Answer, up::Up,
+        wait_for,
     },
 };
 
@@ -100,6 +101,18 @@ async fn the_chat_command_answers_by_itself() {
     let model = minnow();
     let ended =
         Process::run(["chat".as_ref(), "--model".as_ref(), model.as_os_str(), QUESTION.as_ref()]).await;
+    assert_shows_answer(ended);
+}
+
+#[tokio::test]
+async fn the_chat_command_asks_a_running_gateway() {
+    let cluster = Cluster::builder(&minnow()).experts(2).start().await;
+    let url = format!("http://{}", cluster.gateway().address);
+    assert_shows_answer(Process::run(["chat", "--url", &url, QUESTION]).await);
+    cluster.idle().await;
+}
+
+fn assert_shows_answer(ended: Ended) {
     assert!(ended.status.success(), "{}", ended.stderr);
     assert!(ended.stdout.contains("625"), "{}", ended.stdout);
     assert!(!ended.stdout.contains('\u{1b}'), "no colours into a pipe: {:?}", ended.stdout);
@@ -158,6 +171,27 @@ async fn everything_ends_with_up_however_it_ends() {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn up_that_cannot_start_says_why_and_leaves_nothing() {
+    let model = minnow();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = taken.local_addr().expect("an address").to_string();
+    let fails = async |args: &[&OsStr], words: &[&str]| {
+        // That the pipes close, which `run` sees to, is that no child is left.
+        let ended = Process::run([OsStr::new("up")].iter().chain(args)).await;
+        assert!(ended.status.code().is_some_and(|code| code != 0), "{:?}", ended.status);
+        for word in words {
+            assert!(ended.stderr.contains(word), "no {word:?} in {}", ended.stderr);
+        }
+    };
+    let port = [OsStr::new("--listen"), address.as_ref(), "--model".as_ref(), model.as_ref()];
+    fails(&port, &[&address, "in use"]).await;
+    let up_proj = "model.layers.1.mlp.experts.3.up_proj.weight";
+    let broken = Chain::new().without(up_proj).write();
+    let anywhere = ["--listen", "127.0.0.1:0", "--model"].map(OsStr::new);
+    fails(&[&anywhere[..], &[broken.path().as_ref()]].concat(), &[up_proj]).await;
 }
 
 /// What a person sees: a table, and how to go on.

@@ -180,6 +180,26 @@ async fn deepseek_v3_2_has_the_same_bits_everywhere() {
     check_bits_of_family("deepseek-v3.2").await;
 }
 
+/// A sequence that gave its pages back computes everything again, and nobody can tell.
+#[tokio::test]
+async fn a_preempted_sequence_has_the_same_bits() {
+    let checkpoint = fixture("deepseek-v3.2");
+    let long = Expected::beside(&checkpoint).0.into_iter().map(|case| case.prompt).max_by_key(Vec::len);
+    let long = long.expect("prompts");
+    let prompts = vec![long.iter().rev().copied().collect(), long];
+    let builder = || Cluster::builder(&checkpoint).experts(2);
+    let reference = run(builder(), 256, Load::Alone, &prompts).await;
+    // Room for both at the start, and for one at the end.
+    let n_pages = 2 * (prompts[0].len() + 16).div_ceil(16);
+    let flags = ["--page-positions", "16", "--pages", &n_pages.to_string(), "--chunk", "50"];
+    let cluster = builder().router_args(&flags).without_gateway().start().await;
+    let calls = prompts.iter().map(|prompt| generate(cluster.router.router(), prompt, GREEDY));
+    let results = join_all(calls).await.into_iter().map(|result| result.expect("the router answers"));
+    assert_same_bits("preempted", &results.collect::<Vec<_>>(), &reference);
+    cluster.idle().await;
+    assert!(cluster.router_status().await.preemptions > 0);
+}
+
 /// Contributions beyond the grid of exact combine are asked for again, pair by pair.
 #[tokio::test]
 async fn rows_beyond_the_grid_have_the_same_bits_everywhere() {

@@ -298,3 +298,33 @@ async fn clients_that_leave_leave_nothing_behind() {
     check_text(&cluster.http(), ">", &json!({}), "ok", "stop").await;
     cluster.idle().await;
 }
+
+#[tokio::test]
+async fn the_prompt_decides_what_is_reasoning() {
+    // A prompt's last token decides the answer: `</think>` is followed by one, an open `<think>` by another.
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}\
+                    {{ '<think>' if thinking else '</think>' }}";
+    let (end_think, think) = (259, 260);
+    let hm: Vec<u32> = b"hm".iter().copied().map(u32::from).collect();
+    let reasons = hm.iter().copied().chain([end_think]);
+    let chain =
+        Chain::new().template(Some(template)).walks(think, reasons).walks(end_think, b"ok".map(u32::from));
+    let cluster = Cluster::builder(&chain.write()).start().await;
+    let http = &cluster.http();
+    let check = async |options: Value, reasoning: &str, text: &str| {
+        let answer = ask(http, Endpoint::Chat, "q", &options).await;
+        let expected =
+            Answer { text: text.into(), reasoning: reasoning.into(), finish_reason: "stop".into() };
+        assert_eq!(answer, expected, "{options}");
+    };
+    check(json!({}), "", "ok").await;
+    check(json!({"chat_template_kwargs": {"thinking": false, "unknown": [1]}}), "", "ok").await;
+    for thinking in [
+        json!({"chat_template_kwargs": {"thinking": true}}),
+        json!({"thinking": {"type": "enabled"}}),
+        json!({"enable_thinking": true}),
+    ] {
+        check(thinking, "hm", "ok").await;
+    }
+    cluster.idle().await;
+}

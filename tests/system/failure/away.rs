@@ -55,6 +55,24 @@ async fn experts_that_nobody_ever_held_are_named() {
 }
 
 #[tokio::test]
+async fn an_expert_server_with_another_checkpoint_is_never_used() {
+    let other = needs_expert_3().config("rms_norm_eps", json!(1e-5)).write();
+    let stranger = Cluster::builder(&other).without_gateway().start().await;
+    let model = needs_expert_3().write();
+    let builder = Cluster::builder(&model).placement(&["0-2"]).router_args(&["--expert-wait", "1s"]);
+    let cluster = builder.also_expert_at(stranger.experts[0].address).launch().await;
+    let detail = wait_for("refusal", async || {
+        let servers = cluster.router_status().await.servers;
+        let refused = servers.iter().find(|server| server.state == "refused");
+        refused.map(|server| server.detail.clone()).ok_or_else(|| format!("{servers:?}"))
+    });
+    let (own, others) = (cluster.router_status().await.checkpoint, stranger.router_status().await.checkpoint);
+    let detail = detail.await;
+    assert!(detail.contains(&own) && detail.contains(&others), "{detail}");
+    assert_names_expert_3(&post(cluster.http()).await);
+}
+
+#[tokio::test]
 async fn a_killed_expert_server_fails_only_who_needs_it() {
     let model = needs_expert_3().write();
     let builder = Cluster::builder(&model).placement(&["0,1", "2,3"]).router_args(&["--expert-wait", "1s"]);
