@@ -19,8 +19,7 @@ use text::Prompt;
 use crate::{
     answer::{Delta, Usage},
     openai::{
-        self,
-        chat::{self, Head},
+        self, Head, chat,
         completions::{self, RawPrompt},
         fields::Fields,
     },

@@ -10,8 +10,29 @@ use serde_json::{Value, json};
 
 use crate::answer::{Logprob, Usage};
 
+/// What every object of one answer repeats.
+pub(crate) struct Head {
+    pub(crate) id: String,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+}
+
+impl Head {
+    /// An answer, or a chunk of one.
+    fn around(&self, object: &str, choices: Value) -> Value {
+        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
+    }
+
+    /// The same with usage: a whole answer, or the extra chunk without a choice.
+    fn around_with_usage(&self, object: &str, choices: Value, total: &Usage) -> Value {
+        let mut value = self.around(object, choices);
+        value["usage"] = usage(total);
+        value
+    }
+}
+
 /// `usage`, with the cluster's share in the answer beside it.
-pub(crate) fn usage(usage: &Usage) -> Value {
+fn usage(usage: &Usage) -> Value {
     json!({
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -22,7 +43,7 @@ pub(crate) fn usage(usage: &Usage) -> Value {
 }
 
 /// One token of a chat's `logprobs.content`.
-pub(crate) fn token(logprob: &Logprob) -> Value {
+fn token(logprob: &Logprob) -> Value {
     let mut value = candidate(logprob);
     value["top_logprobs"] = logprob.top.iter().map(candidate).collect();
     value

@@ -176,6 +176,7 @@ impl Api {
             steps: self.stats.steps.load(Relaxed),
             tokens_out: self.stats.tokens_out.load(Relaxed),
             preemptions: self.stats.preemptions.load(Relaxed),
+            stale_replies: self.stats.stale_replies.load(Relaxed),
             combine: match self.limits.combine {
                 Combine::Exact => "exact",
                 Combine::Pairs => "pairs",

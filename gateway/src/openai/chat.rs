@@ -5,9 +5,10 @@ use serde_json::{Map, Value, json};
 use text::ChatInput;
 
 use super::{
+    Head,
     fields::Fields,
     options::{self, Streaming},
-    token, usage,
+    token,
 };
 use crate::{
     answer::{Delta, Finish, Usage},
@@ -127,12 +128,8 @@ fn template_kwargs(fields: &Fields<'_>) -> Result<Map<String, Value>, Error> {
     Ok(kwargs)
 }
 
-/// What every object of one answer repeats.
-pub(crate) struct Head {
-    pub(crate) id: String,
-    pub(crate) created: u64,
-    pub(crate) model: String,
-}
+const WHOLE: &str = "chat.completion";
+const CHUNK: &str = "chat.completion.chunk";
 
 /// One choice as it comes together.
 #[derive(Clone, Default)]
@@ -183,23 +180,13 @@ impl Whole {
                 "finish_reason": choice.finish.map(Finish::as_str),
             })
         });
-        json!({
-            "id": head.id,
-            "object": "chat.completion",
-            "created": head.created,
-            "model": head.model,
-            "choices": choices.collect::<Vec<_>>(),
-            "usage": usage(&self.usage),
-        })
+        head.around_with_usage(WHOLE, choices.collect(), &self.usage)
     }
 }
 
 /// The first chunk of a choice: it names the role.
 pub(crate) fn role_chunk(head: &Head, index: usize) -> Value {
-    chunk(
-        head,
-        json!([{ "index": index, "delta": { "role": "assistant", "content": "" }, "logprobs": null, "finish_reason": null }]),
-    )
+    head.around(CHUNK, json!([{ "index": index, "delta": { "role": "assistant", "content": "" }, "logprobs": null, "finish_reason": null }]))
 }
 
 /// A piece as a chunk.
@@ -219,22 +206,10 @@ pub(crate) fn delta_chunk(head: &Head, delta: &Delta) -> Value {
         "logprobs": if logprobs.is_empty() { Value::Null } else { json!({ "content": logprobs }) },
         "finish_reason": delta.end.map(|(finish, _)| finish.as_str()),
     });
-    chunk(head, json!([choice]))
+    head.around(CHUNK, json!([choice]))
 }
 
 /// The extra chunk with usage, and no choice.
 pub(crate) fn usage_chunk(head: &Head, total: &Usage) -> Value {
-    let mut chunk = chunk(head, json!([]));
-    chunk["usage"] = usage(total);
-    chunk
-}
-
-fn chunk(head: &Head, choices: Value) -> Value {
-    json!({
-        "id": head.id,
-        "object": "chat.completion.chunk",
-        "created": head.created,
-        "model": head.model,
-        "choices": choices,
-    })
+    head.around_with_usage(CHUNK, json!([]), total)
 }

@@ -4,16 +4,17 @@ use proto::Error;
 use serde_json::{Value, json};
 
 use super::{
-    chat::Head,
+    Head,
     fields::{Fields, token_ids},
     options::{self, Streaming},
-    usage,
 };
 use crate::{
     answer::{Delta, Finish, Logprob, Usage},
     request::Options,
 };
 
+/// Whole answers and chunks have one name here.
+const OBJECT: &str = "text_completion";
 /// OpenAI's default length.
 const TOKENS_DEFAULT: u32 = 16;
 /// Prompts of one request, at most.
@@ -120,14 +121,7 @@ impl Whole {
                 "finish_reason": choice.finish.map(Finish::as_str),
             })
         });
-        json!({
-            "id": head.id,
-            "object": "text_completion",
-            "created": head.created,
-            "model": head.model,
-            "choices": choices.collect::<Vec<_>>(),
-            "usage": usage(&self.usage),
-        })
+        head.around_with_usage(OBJECT, choices.collect(), &self.usage)
     }
 }
 
@@ -157,21 +151,9 @@ pub(crate) fn delta_chunk(head: &Head, delta: &Delta) -> Value {
         "logprobs": if delta.logprobs.is_empty() { Value::Null } else { logprobs(&delta.logprobs) },
         "finish_reason": delta.end.map(|(finish, _)| finish.as_str()),
     });
-    chunk(head, json!([choice]))
+    head.around(OBJECT, json!([choice]))
 }
 
 pub(crate) fn usage_chunk(head: &Head, total: &Usage) -> Value {
-    let mut chunk = chunk(head, json!([]));
-    chunk["usage"] = usage(total);
-    chunk
-}
-
-fn chunk(head: &Head, choices: Value) -> Value {
-    json!({
-        "id": head.id,
-        "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
-        "choices": choices,
-    })
+    head.around_with_usage(OBJECT, json!([]), total)
 }
