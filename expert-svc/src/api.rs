@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use ids::InstanceId;
 use proto::{
-    WIRE_VERSION,
+    Error, WIRE_VERSION,
     v1::{self, expert_server::Expert},
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -37,6 +37,11 @@ impl Expert for Api {
         _request: Request<v1::ExpertStatusRequest>,
     ) -> Result<Response<v1::ExpertStatus>, Status> {
         let counts = self.streams.counters.counts();
+        // The system walks the page tables of everything mapped to say this: too long for a thread that serves.
+        let shard = Arc::clone(&self.shard);
+        let resident_bytes = tokio::task::spawn_blocking(move || shard.experts().resident_bytes())
+            .await
+            .map_err(|_| Error::internal("counting the resident bytes panicked"))?;
         let experts = self.shard.experts();
         let holds = self.shard.holds().iter().map(|(layer, experts)| v1::LayerExperts {
             layer: layer.0,
@@ -52,7 +57,7 @@ impl Expert for Api {
             holds: holds.collect(),
             device: format!("cpu {}", model::Isa::detect().name()),
             shard_bytes: experts.shard_bytes(),
-            resident_bytes: experts.resident_bytes().unwrap_or(0),
+            resident_bytes: resident_bytes.unwrap_or(0),
             mapped_bytes: experts.mapped_bytes(),
             open_streams: self.streams.n_open(),
             frames: counts.frames,

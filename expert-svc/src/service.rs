@@ -187,3 +187,24 @@ async fn serve(
 fn system_clock() -> Clock {
     Arc::new(Instant::now)
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpStream;
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn accepted_sockets_do_not_delay() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (router, accepted) = tokio::join!(TcpStream::connect(address), async {
+            let mut incoming = incoming(listener);
+            incoming.next().await.unwrap().unwrap()
+        });
+        assert!(accepted.nodelay().unwrap());
+        // The default is the other way round: the line above would not hold by itself.
+        assert!(!router.unwrap().nodelay().unwrap());
+    }
+}

@@ -70,7 +70,7 @@ impl Scheduler {
     pub(crate) fn schedule(&mut self, now: Instant, table: &RoutingTable) -> Vec<Scheduled> {
         self.drop_cancelled();
         self.wake_parked(now, table);
-        self.admit();
+        self.admit(now);
         self.make_room();
         let mut batch = Vec::new();
         let mut n_rows = 0;
@@ -110,13 +110,15 @@ impl Scheduler {
         self.remove(&late);
     }
 
-    fn admit(&mut self) {
+    fn admit(&mut self, now: Instant) {
         while self.running.len() < self.running_max {
             let Some(mut sequence) = self.waiting.pop_front() else { break };
             if !self.cache.grow(&mut sequence.pages, sequence.tokens.len()) {
                 self.waiting.push_front(sequence);
                 break;
             }
+            // The wait for experts is counted from here: time in the queue is not their fault.
+            sequence.progress_at = now;
             self.running.push(sequence);
         }
     }

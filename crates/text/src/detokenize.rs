@@ -37,15 +37,7 @@ impl Detokenizer {
             .filter_map(|tag| tokenizer.token_to_id(tag))
             .filter(|id| tokenizer.special(*id).is_some())
             .collect();
-        let tail = &prompt[prompt.len().saturating_sub(2 * CHARACTER_TOKENS_MAX)..];
-        let whole = |n: &usize| Ok::<_, Error>(!tokenizer.decode(&tail[..*n])?.ends_with(REPLACEMENT));
-        let mut n_done = tail.len();
-        while n_done > 0 && tail.len() - n_done < CHARACTER_TOKENS_MAX && !whole(&n_done)? {
-            n_done -= 1;
-        }
-        // Without an unfinished character at its end a prompt is no context: the answer is decoded as it is alone.
-        let ids = if n_done == tail.len() { Vec::new() } else { tail.to_vec() };
-        let n_done = n_done.min(ids.len());
+        let (ids, n_done) = context(tokenizer, prompt)?;
         Ok(Self { model, ids, n_done, keep })
     }
 
@@ -56,9 +48,12 @@ impl Detokenizer {
     /// The text that `id` completes.
     pub fn push(&mut self, id: u32) -> Result<String, Error> {
         if self.keep.contains(&id) {
-            let mut text = self.finish()?;
-            text.push_str(self.tokenizer().special(id).unwrap_or_default());
-            return Ok(text);
+            let held = if self.n_done < self.ids.len() { self.finish()? } else { String::new() };
+            return Ok(held + self.tokenizer().special(id).unwrap_or_default());
+        }
+        // Decoding leaves it out, and it would not do as context.
+        if self.tokenizer().special(id).is_some() {
+            return Ok(String::new());
         }
         self.ids.push(id);
         let all = self.tokenizer().decode(&self.ids)?;
@@ -83,9 +78,16 @@ impl Detokenizer {
     /// What `text`, of the first `n` ids, has beyond the context. These ids are the context from now on.
     fn give_out(&mut self, n: usize, text: &str) -> Result<String, Error> {
         let before = self.tokenizer().decode(&self.ids[..self.n_done])?;
+        // Behind a context that ends inside a character, `text` has the character where the context has not.
+        let completed = || text.strip_prefix(before.trim_end_matches(REPLACEMENT));
+        let beyond = match text.strip_prefix(before.as_str()).or_else(completed) {
+            Some(beyond) => beyond.to_owned(),
+            // Byte tokens are characters as a run or not at all: a broken one spoils what was given out before it.
+            None => self.tokenizer().decode(&self.ids[self.n_done..n])?,
+        };
         self.ids.drain(..self.n_done);
         self.n_done = n - self.n_done;
-        Ok(beyond(&before, text).to_owned())
+        Ok(beyond)
     }
 
     /// What was held back when the answer ended; an unfinished character shows as U+FFFD.
@@ -98,9 +100,23 @@ impl Detokenizer {
     }
 }
 
-/// `text` behind what it has in common with `before`.
-fn beyond<'t>(before: &str, text: &'t str) -> &'t str {
-    let common =
-        before.chars().zip(text.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
-    &text[common..]
+/// The ids at the end of a prompt that say how an answer begins, and how many of them are whole characters: text behind
+/// text keeps its first space, behind a special token it is a text of its own.
+fn context(tokenizer: &Tokenizer, prompt: &[u32]) -> Result<(Vec<u32>, usize), Error> {
+    let tail = &prompt[prompt.len().saturating_sub(2 * CHARACTER_TOKENS_MAX)..];
+    let text_from = tail.iter().rposition(|id| tokenizer.special(*id).is_some()).map_or(0, |at| at + 1);
+    let mut tail = &tail[text_from..];
+    let mut n_done = tail.len();
+    while n_done > 0
+        && tail.len() - n_done < CHARACTER_TOKENS_MAX
+        && tokenizer.decode(&tail[..n_done])?.ends_with(REPLACEMENT)
+    {
+        n_done -= 1;
+    }
+    // The cut through the prompt may have left the end of a character at the front.
+    while n_done > 0 && tokenizer.decode(&tail[..n_done])?.starts_with(REPLACEMENT) {
+        tail = &tail[1..];
+        n_done -= 1;
+    }
+    Ok((tail.to_vec(), n_done))
 }

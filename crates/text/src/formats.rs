@@ -51,6 +51,9 @@ impl std::fmt::Display for FormatName {
     }
 }
 
+/// Words of the formats that are added tokens and look like text.
+pub(crate) const LITERALS: [&str; 2] = [THINK, END_THINK];
+
 const BOS: &str = "<｜begin▁of▁sentence｜>";
 const EOS: &str = "<｜end▁of▁sentence｜>";
 const USER: &str = "<｜User｜>";
@@ -58,10 +61,19 @@ const ASSISTANT: &str = "<｜Assistant｜>";
 const THINK: &str = "<think>";
 const END_THINK: &str = "</think>";
 
-/// Renders `messages`; tools, thinking and reasoning effort come from the request's other fields.
-pub(crate) fn render(format: FormatName, messages: &[Value], input: &ChatInput) -> Result<String, Error> {
+/// What stands between text parts of one message.
+pub(crate) const fn part_separator(format: FormatName) -> &'static str {
+    match format {
+        FormatName::DeepSeekV32 => "\n",
+        FormatName::DeepSeekV4 => "\n\n",
+    }
+}
+
+/// Renders a conversation; tools, thinking and reasoning effort come from the request's other fields.
+pub(crate) fn render(format: FormatName, input: &ChatInput) -> Result<String, Error> {
     // The V3.2 encoder itself knows a message's reasoning as `reasoning` alone; clients send `reasoning_content`.
     let reads_content_name = format == FormatName::DeepSeekV4 || !input.as_given;
+    let messages = input.messages.as_array().map(Vec::as_slice).unwrap_or_default();
     let messages: Vec<Message> = messages
         .iter()
         .enumerate()
@@ -84,6 +96,12 @@ struct Message {
     tool_calls: Vec<ToolCall>,
     tool_call_id: String,
     tools: Vec<Value>,
+    /// A schema that the answer must keep to.
+    response_format: Option<Value>,
+    /// What V4 shall do with the turn instead of answering it.
+    task: Option<String>,
+    /// An assistant's turn that is not over: the answer continues it.
+    is_open: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -96,20 +114,14 @@ struct ToolCall {
 impl Message {
     fn read(at: usize, message: &Value, reads_content_name: bool) -> Result<Self, Error> {
         let text = |key: &str| message[key].as_str().unwrap_or_default().to_owned();
-        let content = match &message["content"] {
-            Value::Array(_) => crate::chat::text_of_parts(at, &message["content"])?,
-            _ => text("content"),
-        };
-        let mut reasoning = text("reasoning");
-        if reasoning.is_empty() && reads_content_name {
-            reasoning = text("reasoning_content");
-        }
+        let names = if reads_content_name { &["reasoning_content", "reasoning"][..] } else { &["reasoning"] };
+        let reasoning = names.iter().find(|name| message[**name].is_string()).map(|name| text(name));
         let calls = message["tool_calls"].as_array().map(Vec::as_slice).unwrap_or_default();
         Ok(Self {
             at,
             role: text("role"),
-            content,
-            reasoning,
+            content: text("content"),
+            reasoning: reasoning.unwrap_or_default(),
             tool_calls: calls
                 .iter()
                 .enumerate()
@@ -117,6 +129,9 @@ impl Message {
                 .collect::<Result<_, _>>()?,
             tool_call_id: text("tool_call_id"),
             tools: message["tools"].as_array().cloned().unwrap_or_default(),
+            response_format: message.get("response_format").filter(|format| is_truthy(format)).cloned(),
+            task: message["task"].as_str().map(str::to_owned),
+            is_open: ["prefix", "wo_eos"].iter().any(|key| message[*key] == true),
         })
     }
 
@@ -130,6 +145,34 @@ impl Message {
     fn is_user(&self) -> bool {
         matches!(self.role.as_str(), "user" | "developer")
     }
+
+    /// Tools and answer format, each behind an empty line.
+    fn appendix(&self, tools_text: fn(&[Value]) -> String) -> String {
+        let mut appendix = String::new();
+        if !self.tools.is_empty() {
+            appendix.push_str("\n\n");
+            appendix.push_str(&tools_text(&self.tools));
+        }
+        if let Some(schema) = &self.response_format {
+            appendix.push_str(
+                "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n",
+            );
+            appendix.push_str(&json::dumps(schema));
+        }
+        appendix
+    }
+}
+
+/// `bool(value)` in Python.
+fn is_truthy(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(flag) => *flag,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+    }
 }
 
 impl ToolCall {
@@ -139,11 +182,7 @@ impl ToolCall {
         let name =
             name.ok_or_else(|| Error::messages(format!("{param}.name"), "a tool call has no function name"))?;
         let wrong = || Error::messages(format!("{param}.arguments"), "arguments are not a JSON object");
-        let arguments = match &call["function"]["arguments"] {
-            Value::String(text) => serde_json::from_str(text).map_err(|_| wrong())?,
-            Value::Object(arguments) => arguments.clone(),
-            _ => return Err(wrong()),
-        };
+        let arguments = call["function"]["arguments"].as_object().ok_or_else(wrong)?.clone();
         let id = call["id"].as_str().unwrap_or_default().to_owned();
         Ok(Self { id, name: name.to_owned(), arguments })
     }
@@ -174,6 +213,11 @@ fn schemas(tools: &[Value]) -> String {
 
 fn last_user(messages: &[Message]) -> Option<usize> {
     messages.iter().rposition(Message::is_user)
+}
+
+/// Whether the request wants the answer to begin with reasoning; None if it does not say.
+fn thinking_of(input: &ChatInput) -> Option<bool> {
+    ["thinking", "enable_thinking"].iter().find_map(|key| input.kwargs.get(*key)?.as_bool())
 }
 
 /// The request's own tools, if it has any.

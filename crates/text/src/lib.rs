@@ -3,10 +3,10 @@
 
 pub mod cases;
 mod chat;
+mod control;
 mod detokenize;
 mod formats;
 mod reasoning;
-mod special;
 mod stop;
 mod template;
 mod tokenizer;
@@ -32,7 +32,7 @@ pub enum Error {
     /// The template refused the messages, or took too long.
     #[error("the chat template refused the messages: {0}")]
     Template(String),
-    /// The checkpoint has no chat template.
+    /// The checkpoint has no chat template, or none that can be read.
     #[error("{0}")]
     NoTemplate(String),
 }
@@ -61,14 +61,15 @@ pub struct TextModel {
 }
 
 impl TextModel {
-    /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat template. A checkpoint without a template loads;
-    /// [`TextModel::chat`] says so.
+    /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat template. A checkpoint without a template, or with
+    /// one that cannot be read, loads; [`TextModel::chat`] says so.
     pub fn load(dir: &Path, options: &Options) -> Result<Self, Error> {
-        let tokenizer = Tokenizer::load(dir, options.allow_special)?;
         let chat = match ChatFormat::load(dir, options) {
             Err(error @ Error::Checkpoint(_)) => return Err(error),
             result => result,
         };
+        let literals = chat.as_ref().map(ChatFormat::literals).unwrap_or_default();
+        let tokenizer = Tokenizer::load(dir, &literals, options.allow_special)?;
         Ok(Self { tokenizer, chat })
     }
 
@@ -85,15 +86,19 @@ impl TextModel {
     /// allow them in the request.
     pub fn prompt(&self, input: &ChatInput) -> Result<Prompt, Error> {
         let chat = self.chat()?;
+        let input = chat.prepare(input)?;
         if self.tokenizer.allows_special() {
-            let text = chat.render(input, &self.tokenizer)?;
+            let text = chat.render(&input)?;
             let ids = self.tokenizer.encode_as_given(&text)?;
-            return Ok(Prompt::new(text, ids));
+            return Ok(Prompt { starts_in_reasoning: reasoning::ends_open(&text), ids, text });
         }
-        let guard = special::Guard::new(&self.tokenizer, input);
-        let marked = chat.render(&guard.mark(input), &self.tokenizer)?;
-        let (text, ids) = guard.encode(&self.tokenizer, &marked)?;
-        Ok(Prompt::new(text, ids))
+        let control = &self.tokenizer.control;
+        let mark = control.mark(&input)?;
+        let marked = chat.render(&control.put_marks(&input, mark))?;
+        let ids = control.encode_marked(&marked, mark).map_err(|what| Error::messages("messages", what))?;
+        // Of the marked text: a tag that the user typed opens nothing.
+        let starts_in_reasoning = reasoning::ends_open(&marked);
+        Ok(Prompt { text: mark.remove(&marked), ids, starts_in_reasoning })
     }
 }
 

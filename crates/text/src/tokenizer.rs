@@ -1,63 +1,45 @@
-//! Text → ids. Two tokenizers of one file: the file's own, and one without its added tokens, for text that must not
-//! become control tokens.
+//! Text → ids, and what single ids mean.
 
-use std::path::Path;
+use std::{collections::HashMap, path::Path};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::{Error, read, read_json};
-
-/// The tokens that templates name.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct NamedTokens {
-    pub(crate) bos: Option<String>,
-    pub(crate) eos: Option<String>,
-    pub(crate) pad: Option<String>,
-}
+use crate::{Error, control::Control, read, read_json};
 
 pub struct Tokenizer {
     own: tokenizers::Tokenizer,
-    plain: tokenizers::Tokenizer,
-    /// Added tokens, longest first: (text, id, special).
-    added: Vec<(String, u32, bool)>,
+    pub(crate) control: Control,
+    /// Tokens that decoding leaves out.
+    special: HashMap<u32, String>,
     /// Put before a prompt that is plain text.
     prefix: Vec<u32>,
-    pub(crate) named: NamedTokens,
     allow_special: bool,
 }
 
 impl Tokenizer {
-    pub(crate) fn load(dir: &Path, allow_special: bool) -> Result<Self, Error> {
+    /// `literals`: text that the chat format itself writes; see [`Control`].
+    pub(crate) fn load(dir: &Path, literals: &str, allow_special: bool) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
         let wrong = |what: String| Error::Checkpoint(format!("{}: {what}", path.display()));
         let bytes = read(&path)?.ok_or_else(|| wrong("does not exist".to_owned()))?;
-        let own = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
-        let mut file: Value = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
-        file["added_tokens"] = Value::Array(Vec::new());
-        file["post_processor"] = Value::Null;
-        let plain: tokenizers::Tokenizer =
-            serde_json::from_value(file).map_err(|error| wrong(error.to_string()))?;
-        let mut added: Vec<(String, u32, bool)> = own
+        let mut own = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
+        // Some files remember the limits of a training run. A prompt is never cut in silence.
+        own.with_truncation(None).map_err(|error| wrong(error.to_string()))?.with_padding(None);
+        let control = Control::new(&own, literals).map_err(wrong)?;
+        let special = own
             .get_added_tokens_decoder()
             .into_iter()
-            .map(|(id, token)| (token.content, id, token.special))
-            .filter(|(text, ..)| !text.is_empty())
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (id, token.content))
             .collect();
-        added.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.0.cmp(&b.0)));
 
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
-        let named = |key: &str| match &config[key] {
-            Value::String(text) => Some(text.clone()),
-            Value::Object(token) => token.get("content").and_then(Value::as_str).map(str::to_owned),
-            _ => None,
-        };
-        let named = NamedTokens { bos: named("bos_token"), eos: named("eos_token"), pad: named("pad_token") };
-        let mut prefix =
-            own.encode_fast("", true).map_err(|error| wrong(error.to_string()))?.get_ids().to_vec();
+        let mut prefix = processed_prefix(&own).map_err(wrong)?;
         if prefix.is_empty() && config["add_bos_token"] == Value::Bool(true) {
-            prefix.extend(named.bos.as_deref().and_then(|bos| own.token_to_id(bos)));
+            let bos = token_text(&config["bos_token"]);
+            prefix.extend(bos.and_then(|bos| own.token_to_id(bos)));
         }
-        Ok(Self { own, plain, added, prefix, named, allow_special })
+        Ok(Self { own, control, special, prefix, allow_special })
     }
 
     #[must_use]
@@ -68,7 +50,13 @@ impl Tokenizer {
     /// Ids of a raw prompt, behind the checkpoint's beginning-of-sequence token where it wants one. Exactly one: text
     /// that spells the token out stays text, or, where special tokens are allowed, counts as the one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let ids = if self.allow_special { self.encode_as_given(text)? } else { self.encode_plain(text)? };
+        let ids = if self.allow_special {
+            self.encode_as_given(text)?
+        } else if self.control.occurs_in(text) {
+            self.control.encode_text(text).map_err(|what| Error::messages("prompt", what))?
+        } else {
+            self.encode_as_given(text)?
+        };
         if self.allow_special && !self.prefix.is_empty() && ids.starts_with(&self.prefix) {
             return Ok(ids);
         }
@@ -77,17 +65,8 @@ impl Tokenizer {
 
     /// As transformers' `encode(text, add_special_tokens=False)`: special tokens in the text become control tokens.
     pub fn encode_as_given(&self, text: &str) -> Result<Vec<u32>, Error> {
-        encode(&self.own, text)
-    }
-
-    /// No part of the text becomes a control token.
-    pub(crate) fn encode_plain(&self, text: &str) -> Result<Vec<u32>, Error> {
-        // The file's own tokenizer wherever both agree: it is the one that the model was trained with.
-        if self.added.iter().any(|(token, ..)| text.contains(token)) {
-            encode(&self.plain, text)
-        } else {
-            encode(&self.own, text)
-        }
+        let encoding = self.own.encode_fast(text, false);
+        Ok(encoding.map_err(|error| Error::messages("prompt", error.to_string()))?.get_ids().to_vec())
     }
 
     /// Text of `ids`, special tokens left out.
@@ -95,15 +74,10 @@ impl Tokenizer {
         self.own.decode(ids, true).map_err(|error| Error::messages("ids", error.to_string()))
     }
 
-    /// Added tokens, longest first: (text, id, special).
-    pub(crate) fn added(&self) -> &[(String, u32, bool)] {
-        &self.added
-    }
-
     /// The special token that `id` is, if it is one.
     #[must_use]
     pub fn special(&self, id: u32) -> Option<&str> {
-        self.added.iter().find(|(_, added, special)| *special && *added == id).map(|(text, ..)| text.as_str())
+        self.special.get(&id).map(String::as_str)
     }
 
     #[must_use]
@@ -111,10 +85,13 @@ impl Tokenizer {
         self.own.token_to_id(token)
     }
 
-    /// The text of one token alone; parts of characters show as U+FFFD.
+    /// The text of one token as it reads inside a text; parts of characters show as U+FFFD.
     #[must_use]
     pub fn token_text(&self, id: u32) -> String {
-        self.own.decode(&[id], false).unwrap_or_default()
+        let alone = self.own.decode(&[id], false).unwrap_or_default();
+        // Decoders that take the first space of a text away must not take the token's.
+        let twice = self.own.decode(&[id, id], false).unwrap_or_default();
+        twice.strip_prefix(&alone).map_or(alone.clone(), str::to_owned)
     }
 
     /// The bytes of one token: of a byte-level vocabulary entry the bytes it stands for, else its text.
@@ -132,9 +109,34 @@ impl Tokenizer {
     }
 }
 
-fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
-    let encoding = tokenizer.encode_fast(text, false);
-    Ok(encoding.map_err(|error| Error::messages("prompt", error.to_string()))?.get_ids().to_vec())
+/// The tokens that templates name (`bos_token`, …), as variables.
+pub(crate) fn named_tokens(dir: &Path) -> Result<Map<String, Value>, Error> {
+    let mut named = Map::new();
+    // Older checkpoints have them in a file of their own.
+    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+        if let Some(Value::Object(config)) = read_json(&dir.join(file))? {
+            let tokens = config.iter().filter(|(key, _)| key.ends_with("_token"));
+            for (key, text) in tokens.filter_map(|(key, value)| Some((key, token_text(value)?))) {
+                named.entry(key.as_str()).or_insert_with(|| text.into());
+            }
+        }
+    }
+    Ok(named)
+}
+
+/// A token in a config: its text, or an object that has it.
+fn token_text(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value["content"].as_str())
+}
+
+/// What the file's post-processor puts before a text.
+fn processed_prefix(own: &tokenizers::Tokenizer) -> Result<Vec<u32>, String> {
+    let encode = |special| own.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
+    let plain = encode(false).map_err(|error| error.to_string())?;
+    let mut processed = encode(true).map_err(|error| error.to_string())?;
+    let start = (0..processed.len()).find(|start| processed[*start..].starts_with(&plain));
+    processed.truncate(start.unwrap_or(0));
+    Ok(processed)
 }
 
 /// The byte that a character of a byte-level vocabulary stands for (GPT-2's table): printable Latin-1 is itself, the

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use futures_util::StreamExt as _;
-use proto::Code;
+use proto::{Code, v1::ExpertStatusRequest};
 use telemetry::Tasks;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -11,7 +11,7 @@ use tonic_health::pb::{
 
 use crate::{
     checkpoint::Model,
-    harness::{Server, args, frame, watched},
+    harness::{Router, Server, args, frame, watched},
 };
 
 async fn start_error(model: &Path, flags: &[&str]) -> String {
@@ -113,35 +113,44 @@ async fn drain_ends_streams_and_watches_cleanly() {
     assert!(tokio::net::TcpStream::connect(address).await.is_err(), "the port is free");
 }
 
+/// A stream whose replies are larger than its window and are not read: it stays open for as long as the router likes.
+async fn unread(server: &Server) -> (Router, usize) {
+    let router = server.router().await;
+    let n_frames = 4;
+    for _ in 0..n_frames {
+        router.send(frame(64, 16_384, &[0]).into_wire()).await;
+    }
+    let mut client = server.client().await;
+    let received = async {
+        while client.status(ExpertStatusRequest {}).await.unwrap().into_inner().frames < n_frames as u64 {}
+    };
+    watched("frames", received).await;
+    (router, n_frames)
+}
+
+#[tokio::test]
+async fn drain_says_so_and_answers_what_it_has() {
+    let model = Model::random(64, 16).write();
+    let server = Server::start(model.dir.path(), &[]).await;
+    let mut client = server.client().await;
+    let (mut router, n_frames) = unread(&server).await;
+    assert_eq!(client.status(ExpertStatusRequest {}).await.unwrap().into_inner().state, "ready");
+    server.tasks.begin_shutdown();
+    assert_eq!(client.status(ExpertStatusRequest {}).await.unwrap().into_inner().state, "draining");
+    let error = client.dispatch(tokio_stream::pending()).await.unwrap_err();
+    assert_eq!(proto::Error::from_status(&error).code, Code::Unavailable);
+    for _ in 0..n_frames {
+        router.reply().await.unwrap().outcome.unwrap();
+    }
+    assert!(router.reply().await.is_none());
+    server.ended().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_drain_that_takes_too_long_is_cut() {
     let model = Model::random(64, 16).write();
-    let server = Server::start(model.dir.path(), &["--drain-timeout", "100ms"]).await;
-    // Enough frames to outlast the drain in the queue, were they waited for: none of the replies is read.
-    let router = server.router().await;
-    let large = frame(64, 16_384, &[0, 1, 2, 3, 4, 5, 6, 7]).into_wire();
-    let busy = async {
-        for _ in 0..expert_svc::FRAMES_PER_STREAM_MAX {
-            router.send(large.clone()).await;
-        }
-        while server.status().await.frames < 4 {}
-    };
-    watched("frames", busy).await;
-    let status = server.status().await;
-    assert_eq!(status.state, "ready");
+    let server = Server::start(model.dir.path(), &["--drain-timeout", "10ms"]).await;
+    let (_router, _) = unread(&server).await;
     server.tasks.begin_shutdown();
-    let draining = async {
-        loop {
-            let answer = server.client().await.status(proto::v1::ExpertStatusRequest {}).await;
-            match answer.map(|status| status.into_inner().state) {
-                Ok(state) if state == "draining" => break,
-                Ok(_) => {}
-                Err(status) => panic!("{status}"),
-            }
-        }
-    };
-    watched("draining", draining).await;
-    let error = server.client().await.dispatch(tokio_stream::pending()).await.unwrap_err();
-    assert_eq!(proto::Error::from_status(&error).code, Code::Unavailable);
     server.ended().await.unwrap();
 }

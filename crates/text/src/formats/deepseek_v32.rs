@@ -1,11 +1,12 @@
 //! DeepSeek-V3.2's format, as its published encoder defines it. Thinking is off unless the request turns it on.
 
-use super::{ASSISTANT, BOS, END_THINK, EOS, Message, THINK, USER, dsml, last_user, schemas, tools_of};
+use super::{
+    ASSISTANT, BOS, END_THINK, EOS, Message, THINK, USER, dsml, last_user, schemas, thinking_of, tools_of,
+};
 use crate::{ChatInput, Error};
 
 pub(super) fn render(mut messages: Vec<Message>, input: &ChatInput) -> Result<String, Error> {
-    let thinking = input.kwargs.get("thinking").or_else(|| input.kwargs.get("enable_thinking"));
-    let thinking = thinking.and_then(serde_json::Value::as_bool).unwrap_or(false);
+    let thinking = thinking_of(input).unwrap_or(false);
     let tools = tools_of(input);
     if !tools.is_empty() {
         messages.insert(0, Message { role: "system".to_owned(), tools, ..Message::default() });
@@ -29,18 +30,12 @@ struct Turn {
     last_user: Option<usize>,
 }
 
-/// Removes reasoning before the last user message, and messages of roles that have no place there.
-fn drop_reasoning(messages: &mut Vec<Message>) {
+/// Removes reasoning before the last user message.
+fn drop_reasoning(messages: &mut [Message]) {
     let last_user = last_user(messages).unwrap_or(0);
-    let mut at = 0;
-    messages.retain_mut(|message| {
-        let early = at < last_user;
-        at += 1;
-        if early && message.role == "assistant" {
-            message.reasoning.clear();
-        }
-        !early || matches!(message.role.as_str(), "user" | "system" | "tool" | "assistant")
-    });
+    for message in &mut messages[..last_user] {
+        message.reasoning.clear();
+    }
 }
 
 fn render_message(prompt: &mut String, messages: &[Message], at: usize, turn: Turn) -> Result<(), Error> {
@@ -50,20 +45,14 @@ fn render_message(prompt: &mut String, messages: &[Message], at: usize, turn: Tu
     match message.role.as_str() {
         "system" => {
             prompt.push_str(&message.content);
-            if !message.tools.is_empty() {
-                prompt.push_str("\n\n");
-                prompt.push_str(&tools_text(&message.tools));
-            }
+            prompt.push_str(&message.appendix(tools_text));
         }
         "developer" => {
             if message.content.is_empty() {
                 return Err(message.refuse("a developer message needs content"));
             }
             prompt.push_str(USER);
-            if !message.tools.is_empty() {
-                prompt.push_str("\n\n");
-                prompt.push_str(&tools_text(&message.tools));
-            }
+            prompt.push_str(&message.appendix(tools_text));
             prompt.push_str(&format!("\n\n# The user's message is: {}{ASSISTANT}", message.content));
             prompt.push_str(tag(Some(at) == last_user));
         }
@@ -104,7 +93,9 @@ fn render_message(prompt: &mut String, messages: &[Message], at: usize, turn: Tu
                 prompt.push_str("\n\n");
                 prompt.push_str(&dsml(&message.tool_calls, "function_calls"));
             }
-            prompt.push_str(EOS);
+            if !message.is_open || !message.tool_calls.is_empty() {
+                prompt.push_str(EOS);
+            }
         }
         _ => return Err(message.refuse("unknown role")),
     }

@@ -3,10 +3,22 @@
 
 use std::collections::HashMap;
 
-use super::{ASSISTANT, BOS, END_THINK, EOS, Message, THINK, ToolCall, USER, dsml, schemas, tools_of};
+use super::{
+    ASSISTANT, BOS, END_THINK, EOS, Message, THINK, ToolCall, USER, dsml, schemas, thinking_of, tools_of,
+};
 use crate::{ChatInput, Error};
 
 const REMINDER: &str = "<｜latest_reminder｜>";
+
+/// What the model can be asked instead of an answer: `task` of a message, and the token that asks.
+const TASKS: [(&str, &str); 6] = [
+    ("action", "<｜action｜>"),
+    ("query", "<｜query｜>"),
+    ("authority", "<｜authority｜>"),
+    ("domain", "<｜domain｜>"),
+    ("title", "<｜title｜>"),
+    ("read_url", "<｜read_url｜>"),
+];
 
 /// Messages of one turn of the user: what was typed and what tools answered, in order.
 struct Turn {
@@ -21,8 +33,7 @@ enum Block {
 }
 
 pub(super) fn render(mut messages: Vec<Message>, input: &ChatInput) -> Result<String, Error> {
-    let thinking = input.kwargs.get("thinking").or_else(|| input.kwargs.get("enable_thinking"));
-    let thinking = thinking.and_then(serde_json::Value::as_bool).unwrap_or(true);
+    let thinking = thinking_of(input).unwrap_or(effort_of(input) != Some("none"));
     let tools = tools_of(input);
     if !tools.is_empty() {
         match messages.iter_mut().find(|message| message.role == "system") {
@@ -51,20 +62,26 @@ pub(super) fn render(mut messages: Vec<Message>, input: &ChatInput) -> Result<St
 fn merge(messages: Vec<Message>) -> Vec<Turn> {
     let mut turns: Vec<Turn> = Vec::new();
     for message in messages {
-        let block = match message.role.as_str() {
+        let (block, task) = match message.role.as_str() {
             "tool" => {
-                Block::ToolResult { call: message.tool_call_id.clone(), content: message.content.clone() }
+                let (call, content) = (message.tool_call_id, message.content);
+                (Block::ToolResult { call, content }, None)
             }
-            "user" => Block::Text(message.content.clone()),
+            "user" => (Block::Text(message.content), message.task),
             _ => {
                 turns.push(Turn { message, blocks: Vec::new() });
                 continue;
             }
         };
-        match turns.last_mut() {
-            Some(turn) if turn.message.role == "user" => turn.blocks.push(block),
-            Some(_) | None => {
-                let message = Message { role: "user".to_owned(), at: message.at, ..Message::default() };
+        // A typed text does not join a turn that has a task; a tool's result does.
+        let joins = |turn: &&mut Turn| {
+            turn.message.role == "user"
+                && (turn.message.task.is_none() || matches!(block, Block::ToolResult { .. }))
+        };
+        match turns.last_mut().filter(joins) {
+            Some(turn) => turn.blocks.push(block),
+            None => {
+                let message = Message { role: "user".to_owned(), at: message.at, task, ..Message::default() };
                 turns.push(Turn { message, blocks: vec![block] });
             }
         }
@@ -100,7 +117,7 @@ fn sort_results(blocks: &mut Vec<Block>, order: &HashMap<String, usize>) {
     );
 }
 
-/// Removes reasoning before the last user turn, and turns of roles that have no place there.
+/// Removes reasoning before the last user turn, and what developers said there.
 fn drop_reasoning(turns: &mut Vec<Turn>) {
     let last_user = turns.iter().rposition(|turn| turn.message.is_user()).unwrap_or(0);
     let mut at = 0;
@@ -110,7 +127,8 @@ fn drop_reasoning(turns: &mut Vec<Turn>) {
         if early && turn.message.role == "assistant" {
             turn.message.reasoning.clear();
         }
-        !early || matches!(turn.message.role.as_str(), "user" | "system" | "latest_reminder" | "assistant")
+        // A developer's words hold for the turn that they open.
+        !early || turn.message.role != "developer"
     });
 }
 
@@ -124,16 +142,10 @@ struct Style {
 
 fn render_turn(prompt: &mut String, turns: &[Turn], at: usize, style: Style) -> Result<(), Error> {
     let Turn { message, blocks } = &turns[at];
-    let tools = |prompt: &mut String| {
-        if !message.tools.is_empty() {
-            prompt.push_str("\n\n");
-            prompt.push_str(&tools_text(&message.tools));
-        }
-    };
     match message.role.as_str() {
         "system" => {
             prompt.push_str(&message.content);
-            tools(prompt);
+            prompt.push_str(&message.appendix(tools_text));
         }
         "developer" => {
             if message.content.is_empty() {
@@ -141,7 +153,7 @@ fn render_turn(prompt: &mut String, turns: &[Turn], at: usize, style: Style) -> 
             }
             prompt.push_str(USER);
             prompt.push_str(&message.content);
-            tools(prompt);
+            prompt.push_str(&message.appendix(tools_text));
         }
         "user" => {
             let text = |block: &Block| match block {
@@ -157,7 +169,8 @@ fn render_turn(prompt: &mut String, turns: &[Turn], at: usize, style: Style) -> 
         }
         "assistant" => {
             let behind = style.last_user.is_none_or(|last| at > last);
-            if style.thinking && (style.keep_reasoning || behind) {
+            let does_task = at > 0 && turns[at - 1].message.task.is_some();
+            if style.thinking && !does_task && (style.keep_reasoning || behind) {
                 prompt.push_str(&message.reasoning);
                 prompt.push_str(END_THINK);
             }
@@ -166,21 +179,32 @@ fn render_turn(prompt: &mut String, turns: &[Turn], at: usize, style: Style) -> 
                 prompt.push_str("\n\n");
                 prompt.push_str(&dsml(&message.tool_calls, "tool_calls"));
             }
-            prompt.push_str(EOS);
+            if !message.is_open {
+                prompt.push_str(EOS);
+            }
         }
         _ => return Err(message.refuse("unknown role")),
     }
-    open_answer(prompt, turns, at, style);
-    Ok(())
+    open_answer(prompt, turns, at, style)
 }
 
 /// What stands between a turn and the answer to it, or the end of the prompt.
-fn open_answer(prompt: &mut String, turns: &[Turn], at: usize, style: Style) {
+fn open_answer(prompt: &mut String, turns: &[Turn], at: usize, style: Style) -> Result<(), Error> {
     let next = turns.get(at + 1).map(|turn| turn.message.role.as_str());
     if next.is_some_and(|role| !matches!(role, "assistant" | "latest_reminder")) {
-        return;
+        return Ok(());
     }
     let message = &turns[at].message;
+    if let Some(task) = &message.task {
+        let known = TASKS.iter().find(|(name, _)| name == task);
+        let (_, token) = known.ok_or_else(|| message.refuse(&format!("unknown task {task:?}")))?;
+        if task == "action" {
+            prompt.push_str(ASSISTANT);
+            prompt.push_str(if style.thinking { THINK } else { END_THINK });
+        }
+        prompt.push_str(token);
+        return Ok(());
+    }
     let opens = message.is_user() || message.role == "system" && matches!(next, None | Some("assistant"));
     if opens {
         let thinks =
@@ -188,10 +212,15 @@ fn open_answer(prompt: &mut String, turns: &[Turn], at: usize, style: Style) {
         prompt.push_str(ASSISTANT);
         prompt.push_str(if thinks { THINK } else { END_THINK });
     }
+    Ok(())
+}
+
+fn effort_of(input: &ChatInput) -> Option<&str> {
+    input.kwargs.get("reasoning_effort").and_then(serde_json::Value::as_str)
 }
 
 fn effort(input: &ChatInput) -> &'static str {
-    match input.kwargs.get("reasoning_effort").and_then(serde_json::Value::as_str) {
+    match effort_of(input) {
         Some("low" | "minimal") => "",
         Some("max" | "ultra") => {
             "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n\

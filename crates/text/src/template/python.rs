@@ -1,6 +1,9 @@
 //! What templates expect of Python: how values print, string methods, the date.
 
-use minijinja::{Error, ErrorKind, Output, State, Value, value::ValueKind};
+use minijinja::{Error, Output, State, Value, value::ValueKind};
+
+/// Characters that a template can pad a text to.
+const WIDTH_MAX: usize = 1 << 16;
 
 /// `{{ value }}` as jinja2 prints it.
 pub(super) fn print(out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
@@ -10,6 +13,35 @@ pub(super) fn print(out: &mut Output<'_>, _: &mut State<'_, '_>, value: &Value) 
 /// The `string` filter.
 pub(super) fn to_string(value: Value) -> String {
     display(&value)
+}
+
+/// The `escape` filter: HTML as Python's markupsafe writes it.
+pub(super) fn escape(value: Value) -> Value {
+    if value.is_safe() {
+        return value;
+    }
+    let mut out = String::new();
+    for character in display(&value).chars() {
+        match character {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '\'' => out.push_str("&#39;"),
+            '"' => out.push_str("&#34;"),
+            other => out.push(other),
+        }
+    }
+    Value::from_safe_string(out)
+}
+
+/// The `sequence` test. In Python, strings and dicts have a length and items, too.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Undefined)
+}
+
+/// The `iterable` test. In Python, nothing and numbers are not.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    is_sequence(value) || value.kind() == ValueKind::Iterable
 }
 
 /// `str(value)`
@@ -56,30 +88,44 @@ fn quoted(text: &str) -> String {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             character if character == quote => out.extend(['\\', character]),
-            character if character.is_control() => out.push_str(&format!("\\x{:02x}", u32::from(character))),
-            character => out.push(character),
+            character if is_printable(character) => out.push(character),
+            character => match u32::from(character) {
+                code @ ..=0xff => out.push_str(&format!("\\x{code:02x}")),
+                code @ ..=0xffff => out.push_str(&format!("\\u{code:04x}")),
+                code => out.push_str(&format!("\\U{code:08x}")),
+            },
         }
     }
     out.push(quote);
     out
 }
 
-/// A float as Python's `repr` writes it: the shortest digits, an exponent from 1e16 on and below 1e-4.
+/// Python's `isprintable`, but for what Unicode has not assigned.
+fn is_printable(character: char) -> bool {
+    !character.is_control()
+        && (character == ' ' || !character.is_whitespace())
+        && !matches!(u32::from(character), 0xad | 0x600..=0x605 | 0x61c | 0x6dd | 0x70f | 0x180e | 0x200b..=0x200f
+            | 0x202a..=0x202e | 0x2060..=0x206f | 0xe000..=0xf8ff | 0xfeff | 0xfff9..=0xfffb | 0xe0001..=0xe007f)
+}
+
+/// A float as Python's `repr` writes it: the shortest digits, of those the nearest, and an exponent from 1e16 on and
+/// below 1e-4.
 pub(super) fn float(value: f64) -> String {
     if !value.is_finite() {
         let name = if value.is_nan() { "NaN" } else { "Infinity" };
         return format!("{}{name}", if value < 0.0 { "-" } else { "" });
     }
-    if value == 0.0 || (1e-4..1e16).contains(&value.abs()) {
-        return format!("{value:?}");
+    let n_digits =
+        format!("{value:e}").bytes().take_while(|byte| *byte != b'e').filter(u8::is_ascii_digit).count();
+    // With the precision given, a tie goes to the even digit, as in Python.
+    let text = format!("{value:.*e}", n_digits - 1);
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        let decimals = usize::try_from(n_digits as i32 - 1 - exponent).unwrap_or(0).max(1);
+        return format!("{value:.decimals$}");
     }
-    let text = format!("{value:e}");
-    let Some((digits, exponent)) = text.split_once('e') else { return text };
-    let (sign, exponent) = match exponent.strip_prefix('-') {
-        Some(exponent) => ('-', exponent),
-        None => ('+', exponent),
-    };
-    format!("{digits}e{sign}{exponent:0>2}")
+    format!("{mantissa}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
 }
 
 /// Python's methods of strings, lists and dicts: those of minijinja's own collection, and what it lacks.
@@ -89,106 +135,93 @@ pub(super) fn method(
     name: &str,
     args: &[Value],
 ) -> Result<Value, Error> {
-    let text = value.as_str();
-    let string = |at: usize| args.get(at).and_then(Value::as_str);
-    match (name, text) {
-        ("rsplit", Some(text)) => {
-            Ok(rsplit(text, string(0), args.get(1).and_then(|n| usize::try_from(n.clone()).ok())))
+    let known = match value.kind() {
+        ValueKind::String => string_method(value.as_str().unwrap_or_default(), name, args),
+        ValueKind::Map if name == "copy" && args.is_empty() => Some(value.clone()),
+        ValueKind::Seq if name == "index" => {
+            value.try_iter()?.position(|item| Some(&item) == args.first()).map(Value::from)
         }
-        ("removeprefix", Some(text)) => {
-            Ok(Value::from(text.strip_prefix(string(0).unwrap_or("")).unwrap_or(text)))
-        }
-        ("removesuffix", Some(text)) => {
-            Ok(Value::from(text.strip_suffix(string(0).unwrap_or("")).unwrap_or(text)))
-        }
-        ("partition" | "rpartition", Some(text)) => {
-            let separator = string(0).unwrap_or(" ");
-            let found =
-                if name == "partition" { text.split_once(separator) } else { text.rsplit_once(separator) };
-            let parts = match (found, name) {
-                (Some((before, after)), _) => [before, separator, after],
-                (None, "partition") => [text, "", ""],
-                (None, _) => ["", "", text],
-            };
-            Ok(parts.into_iter().map(Value::from).collect())
-        }
-        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
+        _ => None,
+    };
+    match known {
+        Some(result) => Ok(result),
+        None => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
     }
+}
+
+/// None for a method that is not here, or arguments that it does not take.
+fn string_method(text: &str, name: &str, args: &[Value]) -> Option<Value> {
+    let string = |at: usize| args.get(at).and_then(Value::as_str);
+    let number = |at: usize| args.get(at).and_then(|n| usize::try_from(n.clone()).ok());
+    Some(match name {
+        "rsplit" => rsplit(text, string(0), number(1)),
+        "removeprefix" => text.strip_prefix(string(0)?).unwrap_or(text).into(),
+        "removesuffix" => text.strip_suffix(string(0)?).unwrap_or(text).into(),
+        "partition" | "rpartition" => {
+            let separator = string(0)?;
+            let first = name == "partition";
+            let found = if first { text.split_once(separator) } else { text.rsplit_once(separator) };
+            let parts = match found {
+                Some((before, after)) => [before, separator, after],
+                None if first => [text, "", ""],
+                None => ["", "", text],
+            };
+            parts.into_iter().map(Value::from).collect()
+        }
+        "index" | "rindex" => {
+            let needle = string(0)?;
+            let at = if name == "index" { text.find(needle) } else { text.rfind(needle) };
+            text[..at?].chars().count().into()
+        }
+        "casefold" => text.to_lowercase().into(),
+        "swapcase" => {
+            let swap = |c: char| match c.is_uppercase() {
+                true => c.to_lowercase().to_string(),
+                false => c.to_uppercase().to_string(),
+            };
+            text.chars().map(swap).collect::<String>().into()
+        }
+        "zfill" => {
+            let digits = text.trim_start_matches(['+', '-']);
+            let sign = &text[..text.len() - digits.len()];
+            format!("{sign}{}{digits}", padding(text, number(0)?, "0")).into()
+        }
+        "ljust" => format!("{text}{}", padding(text, number(0)?, string(1).unwrap_or(" "))).into(),
+        "rjust" => format!("{}{text}", padding(text, number(0)?, string(1).unwrap_or(" "))).into(),
+        "center" => {
+            let padding = padding(text, number(0)?, string(1).unwrap_or(" "));
+            let n = padding.chars().count();
+            // Python puts the odd one to the left of a text of even length, and to the right otherwise.
+            let left = n / 2 + (n & number(0)? & 1);
+            let left: String = padding.chars().take(left).collect();
+            format!("{left}{text}{}", padding.strip_prefix(&left)?).into()
+        }
+        _ => return None,
+    })
+}
+
+/// What makes `text` as wide as `width` characters.
+fn padding(text: &str, width: usize, with: &str) -> String {
+    with.repeat(width.min(WIDTH_MAX).saturating_sub(text.chars().count()))
 }
 
 fn rsplit(text: &str, separator: Option<&str>, limit: Option<usize>) -> Value {
     let mut parts: Vec<&str> = match (separator, limit) {
         (Some(separator), Some(limit)) => text.rsplitn(limit + 1, separator).collect(),
         (Some(separator), None) => text.rsplit(separator).collect(),
-        (None, _) => text.split_whitespace().rev().collect(),
+        (None, limit) => {
+            let mut parts = Vec::new();
+            let mut rest = text.trim_end();
+            while limit.is_none_or(|limit| parts.len() < limit)
+                && let Some((before, word)) = rest.rsplit_once(char::is_whitespace)
+            {
+                parts.push(word);
+                rest = before.trim_end();
+            }
+            parts.extend(Some(rest).filter(|rest| !rest.is_empty()));
+            parts
+        }
     };
     parts.reverse();
     parts.into_iter().map(Value::from).collect()
-}
-
-/// Python's `strftime` for what templates ask: the date.
-pub(super) fn strftime(now: Option<&str>, format: &str) -> Result<String, Error> {
-    let wrong = |what: String| Error::new(ErrorKind::InvalidOperation, what);
-    let (year, month, day) = match now {
-        Some(date) => {
-            let parts: Vec<i64> = date.split('-').filter_map(|part| part.parse().ok()).collect();
-            match parts[..] {
-                [year, month @ 1..=12, day @ 1..=31] => (year, month, day),
-                _ => return Err(wrong(format!("the date {date:?} is not of the form 2026-01-02"))),
-            }
-        }
-        None => today()?,
-    };
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    let name = MONTHS[month as usize - 1];
-    let mut out = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            out.push(character);
-            continue;
-        }
-        match characters.next() {
-            Some('Y') => out.push_str(&format!("{year:04}")),
-            Some('y') => out.push_str(&format!("{:02}", year % 100)),
-            Some('m') => out.push_str(&format!("{month:02}")),
-            Some('d') => out.push_str(&format!("{day:02}")),
-            Some('e') => out.push_str(&format!("{day:2}")),
-            Some('B') => out.push_str(name),
-            Some('b' | 'h') => out.push_str(&name[..3]),
-            Some('F') => out.push_str(&format!("{year:04}-{month:02}-{day:02}")),
-            Some('%') => out.push('%'),
-            other => return Err(wrong(format!("strftime_now cannot print %{}", other.unwrap_or(' ')))),
-        }
-    }
-    Ok(out)
-}
-
-/// Year, month and day in UTC (days from civil, Howard Hinnant's algorithm).
-fn today() -> Result<(i64, i64, i64), Error> {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let seconds =
-        since.map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))?.as_secs();
-    let z = (seconds / 86_400) as i64 + 719_468;
-    let era = z / 146_097;
-    let day_of_era = z - era * 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_shifted + 2) / 5 + 1;
-    let month = if month_shifted < 10 { month_shifted + 3 } else { month_shifted - 9 };
-    Ok((year_of_era + era * 400 + i64::from(month <= 2), month, day))
 }

@@ -14,9 +14,12 @@ fn input(messages: Value, kwargs: Value) -> ChatInput {
 }
 
 fn render(source: &str, input: &ChatInput) -> Result<String, Error> {
-    let named = NamedTokens { bos: Some("<bos>".to_owned()), ..NamedTokens::default() };
-    let messages = input.messages.as_array().cloned().unwrap_or_default();
-    Template::new("test", source.as_bytes().to_vec())?.render(&messages, input, &named)
+    template(source).render(input)
+}
+
+fn template(source: &str) -> Template {
+    let named = Map::from_iter([("bos_token".to_owned(), json!("<bos>"))]);
+    Template::new("test", source.as_bytes().to_vec(), named).unwrap()
 }
 
 /// A template over the one variable `x`.
@@ -95,11 +98,12 @@ fn a_template_can_refuse_and_cannot_run_for_ever() {
     let refused = render("{{ raise_exception('roles must alternate') }}", &input(json!([]), json!({})));
     assert_eq!(
         refused.unwrap_err().to_string(),
-        "the chat template refused the messages: roles must alternate (line 1)"
+        "the chat template refused the messages: roles must alternate, line 1 (test)"
     );
     let endless = "{% for i in range(100000) %}{% for j in range(100000) %}{{ j }}{% endfor %}{% endfor %}";
     assert!(render(endless, &input(json!([]), json!({}))).unwrap_err().to_string().contains("refused"));
-    assert!(Template::new("t", b"{% for %}".to_vec()).is_err());
+    let broken = Template::new("t.jinja", b"{% for %}".to_vec(), Map::new()).err().unwrap();
+    assert!(broken.starts_with("chat template t.jinja: "), "{broken}");
 }
 
 #[test]
