@@ -1,4 +1,5 @@
-//! Answers cases of golden text: `cases DIR IN.jsonl [FORMAT]`.
+//! Answers cases of golden text: `cases DIR IN.jsonl [FORMAT|- [TEMPLATE|- [strict]]]`. With `strict`, special tokens in a
+//! request stay text.
 use std::{io::Write as _, path::Path, sync::Arc};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
