@@ -8,7 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = text::Options {
         chat_format,
         allow_special: args.get(5).is_none(),
-        chat_template: args.get(4).map(Into::into),
+        chat_template: args.get(4).filter(|path| *path != "-").map(Into::into),
     };
     let model = Arc::new(text::TextModel::load(Path::new(&args[1]), &options)?);
     let mut out = std::io::stdout().lock();
