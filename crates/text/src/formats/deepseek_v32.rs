@@ -79,21 +79,25 @@ fn render_message(prompt: &mut String, messages: &[Message], at: usize, turn: Tu
             }
         }
         "assistant" => {
+            let is_open = message.is_open && message.tool_calls.is_empty();
             if thinking && last_user.is_none_or(|last| at > last) {
                 if message.reasoning.is_empty() && message.tool_calls.is_empty() {
                     return Err(message.refuse(
                         "in thinking mode it needs reasoning or tool calls behind the last user message",
                     ));
                 }
-                prompt.push_str(&message.reasoning);
-                prompt.push_str(END_THINK);
+                // What the answer is to continue is content: the encoder puts no reasoning before it.
+                if !is_open {
+                    prompt.push_str(&message.reasoning);
+                    prompt.push_str(END_THINK);
+                }
             }
             prompt.push_str(&message.content);
             if !message.tool_calls.is_empty() {
                 prompt.push_str("\n\n");
                 prompt.push_str(&dsml(&message.tool_calls, "function_calls"));
             }
-            if !message.is_open || !message.tool_calls.is_empty() {
+            if !is_open {
                 prompt.push_str(EOS);
             }
         }
