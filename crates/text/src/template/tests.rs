@@ -37,10 +37,12 @@ fn tojson_is_pythons() {
         tool,
         r#"{"type": "function", "function": {"name": "get_weather", "description": "x > 10 & y < 5 (user's) é", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}"#,
     );
+    // Halfway between two numbers of as few digits: Python takes the even one.
+    let tie = 2_741_583_320_671_701_f64 / 4.0;
     check(
         "{{ x | tojson }}",
-        json!([1.0, 1e16, 1e-5, 0.1, 2, -3.5e300, true, null]),
-        "[1.0, 1e+16, 1e-05, 0.1, 2, -3.5e+300, true, null]",
+        json!([1.0, 1e16, 1e-5, 0.0001, 0.1, 2, -3.5e300, true, null, -0.0, 1e15, tie]),
+        "[1.0, 1e+16, 1e-05, 0.0001, 0.1, 2, -3.5e+300, true, null, -0.0, 1000000000000000.0, 685395830167925.2]",
     );
     check(
         "{{ x | tojson(indent=2) }}",
@@ -66,6 +68,20 @@ fn values_print_as_in_python() {
 }
 
 #[test]
+fn tests_are_pythons() {
+    let kinds = |x: Value, expected: &str| {
+        check("{{ x is sequence }} {{ x is iterable }} {{ x is mapping }} {{ x is string }}", x, expected);
+    };
+    kinds(json!("a"), "True True False True");
+    kinds(json!({}), "True True True False");
+    kinds(json!([]), "True True False False");
+    kinds(json!(null), "False False False False");
+    kinds(json!(1), "False False False False");
+    check("{{ x | escape }}", json!("<a href='x'>&\"/"), "&lt;a href=&#39;x&#39;&gt;&amp;&#34;/");
+    check("{{ x }}", json!(["\u{200d}\u{e000}é"]), "['\\u200d\\ue000é']");
+}
+
+#[test]
 fn what_templates_call_is_there() {
     check("{{ x.rsplit('-', 1)[0] }}", json!("a-b-c"), "a-b");
     check("{{ x.split('</think>')[-1].strip() }}", json!("<think>a</think> b "), "b");
@@ -88,7 +104,13 @@ fn what_templates_call_is_there() {
         json!({ "b": 1, "a": 2 }),
         "b=1;a=2;",
     );
-    check("{% generation %}{{ x }}{% endgeneration %}", json!("said"), "said");
+    check("{% generation %}{% set y = x %}{{ y }}{% endgeneration %}{{ y }}", json!("said"), "said");
+    check("{{ '%s is %d' % (x, 5) ~ '!' }}", json!("it"), "it is 5!");
+    check(
+        "{{ x.zfill(4) }} {{ x.index('2') }} {{ x.rjust(3) }} {{ x.center(5, '*') }}",
+        json!("12"),
+        "0012 1  12 **12*",
+    );
     check("a\n  {% if x %}\nb\n  {% endif %}\nc", json!(true), "a\nb\nc");
     check("{{ bos_token }}{{ '%s!' | format(x) }}", json!("hi"), "<bos>hi!");
 }
