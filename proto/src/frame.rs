@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use ids::{ExpertId, FrameId, LayerId, RowIndex};
+use ids::{Epoch, ExpertId, FrameId, LayerId, RowIndex, WeightsHash};
 
-use crate::{Code, Error, rows::Rows, v1};
+use crate::{Code, Error, checksum, rows::Rows, v1};
 
 /// A router cuts a layer's work for one server into frames of at most this many bytes of rows. Far below
 /// [`crate::MESSAGE_BYTES_MAX`], so that a reply with one row per assignment still fits.
@@ -65,6 +65,10 @@ pub struct Frame {
     /// How long the router will wait for the reply.
     pub timeout: Option<Duration>,
     pub traceparent: String,
+    /// Of the server's holdings that the frame was planned with; its reply carries it back.
+    pub epoch: Epoch,
+    /// Of the frame's experts, each once: a server with other weights refuses the frame.
+    pub weights: WeightsHash,
 }
 
 /// What a frame became.
@@ -81,13 +85,18 @@ pub struct Computed {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reply {
     pub id: FrameId,
+    /// The frame's.
+    pub epoch: Epoch,
+    /// Of the weights that computed it.
+    pub weights: WeightsHash,
     pub outcome: Result<Computed, Error>,
 }
 
 impl Frame {
-    /// Checks everything that can be checked without knowing which experts are held: lengths, row positions,
+    /// Checks everything that can be checked without knowing which experts are held: checksum, lengths, row positions,
     /// `hidden_size`, finite numbers.
     pub fn from_wire(wire: v1::Frame, hidden_size: usize) -> Result<Self, Error> {
+        checksum::check_frame(&wire)?;
         let combine = match wire.combine() {
             v1::Combine::Fast => Combine::Fast,
             v1::Combine::Pairs => Combine::Pairs,
@@ -146,6 +155,8 @@ impl Frame {
             combine,
             timeout: (wire.timeout_us > 0).then(|| Duration::from_micros(wire.timeout_us)),
             traceparent: wire.traceparent,
+            epoch: Epoch(wire.epoch),
+            weights: WeightsHash(wire.weights),
         })
     }
 
@@ -156,7 +167,7 @@ impl Frame {
             Combine::Pairs => (v1::Combine::Pairs, None),
             Combine::Exact(grid) => (v1::Combine::Exact, Some(grid)),
         };
-        v1::Frame {
+        checksum::seal_frame(v1::Frame {
             id: self.id.0,
             layer: self.layer.0,
             rows: Some(self.rows.into_wire()),
@@ -170,7 +181,10 @@ impl Frame {
                 .timeout
                 .map_or(0, |timeout| u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX)),
             traceparent: self.traceparent,
-        }
+            epoch: self.epoch.0,
+            weights: self.weights.0,
+            checksum: 0,
+        })
     }
 }
 
@@ -193,7 +207,9 @@ fn checked_grid(wire: &v1::Frame) -> Result<Grid, Error> {
 }
 
 impl Reply {
+    /// Checks the checksum and the shape of the rows.
     pub fn from_wire(wire: v1::Reply) -> Result<Self, Error> {
+        checksum::check_reply(&wire)?;
         let id = FrameId(wire.id);
         let outcome = match wire.outcome {
             None => return Err(Error::internal(format!("reply {id} has no outcome"))),
@@ -211,7 +227,7 @@ impl Reply {
                 compute_time: Duration::from_micros(computed.compute_us),
             }),
         };
-        Ok(Self { id, outcome })
+        Ok(Self { id, epoch: Epoch(wire.epoch), weights: WeightsHash(wire.weights), outcome })
     }
 
     #[must_use]
@@ -228,12 +244,20 @@ impl Reply {
                 message: error.message,
             }),
         };
-        v1::Reply { id: self.id.0, outcome: Some(outcome) }
+        checksum::seal_reply(v1::Reply {
+            id: self.id.0,
+            epoch: self.epoch.0,
+            weights: self.weights.0,
+            checksum: 0,
+            outcome: Some(outcome),
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
     use crate::rows::Dtype;
 
@@ -249,6 +273,8 @@ mod tests {
             combine: Combine::Exact(Grid::new(3.0, 8)),
             timeout: Some(Duration::from_millis(20)),
             traceparent: String::new(),
+            epoch: Epoch(3),
+            weights: WeightsHash(u64::MAX),
         }
     }
 
@@ -260,7 +286,35 @@ mod tests {
     fn check(change: impl FnOnce(&mut v1::Frame), message: &str) {
         let mut wire = frame().into_wire();
         change(&mut wire);
-        assert_eq!(Frame::from_wire(wire, 2).unwrap_err().message, message);
+        assert_eq!(Frame::from_wire(checksum::seal_frame(wire), 2).unwrap_err().message, message);
+    }
+
+    #[test]
+    fn a_flipped_bit_fails_the_whole_message() {
+        let reply = Reply {
+            id: FrameId(1),
+            epoch: Epoch(2),
+            weights: WeightsHash(3),
+            outcome: Ok(Computed {
+                rows: Rows::encode(Dtype::F32, 2, &[1.0, 2.0]),
+                overflow_rows: vec![RowIndex(0)],
+                compute_time: Duration::from_micros(5),
+            }),
+        };
+        let (frame, reply) = (frame().into_wire().encode_to_vec(), reply.into_wire().encode_to_vec());
+        for bit in 0..frame.len() * 8 {
+            let mut bytes = frame.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            // What no longer decodes, or lost its field to an unknown one, is found too.
+            let checked = v1::Frame::decode(bytes.as_slice()).map(|wire| Frame::from_wire(wire, 2));
+            assert!(!matches!(checked, Ok(Ok(_))), "bit {bit} of the frame");
+        }
+        for bit in 0..reply.len() * 8 {
+            let mut bytes = reply.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let checked = v1::Reply::decode(bytes.as_slice()).map(Reply::from_wire);
+            assert!(!matches!(checked, Ok(Ok(_))), "bit {bit} of the reply");
+        }
     }
 
     #[test]

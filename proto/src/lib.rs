@@ -3,6 +3,7 @@
 //! Generated types stay on the wire side of [`frame`] and [`rows`]: everything behind them works on values whose
 //! lengths agree. This crate knows no tensors, no sockets and no files.
 
+pub mod checksum;
 pub mod error;
 pub mod frame;
 pub mod rows;
@@ -11,7 +12,7 @@ pub use error::{Code, Error};
 pub use frame::{Frame, Reply};
 
 /// Version of the frames on a dispatch stream. Ends that differ refuse each other.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 
 /// Largest message either end of a dispatch stream accepts. A router cuts batches well below it
 /// ([`frame::FRAME_BYTES_MAX`]); gRPC's default of 4 MiB is 292 rows of DeepSeek-V3.

@@ -1,8 +1,23 @@
-//! Who is where: how processes find each other, and which of them holds which expert. Knows no tensors and no
-//! sockets.
+//! Who is where: how processes find each other, which of them holds which expert, and which should. Knows no tensors.
+//!
+//! # Keys in etcd
+//! Below the prefix of `--registry etcd://host:2379/PREFIX`, each value JSON ([`Record`], [`Placement`]):
+//!
+//! | key | value | lease |
+//! | --- | --- | --- |
+//! | `PREFIX/experts/INSTANCE` | [`Record`] with [`Holdings`] | the instance's |
+//! | `PREFIX/routers/INSTANCE` | [`Record`] | the instance's |
+//! | `PREFIX/leader` | the leading router's instance | the router's |
+//! | `PREFIX/placement` | [`Placement`] | none |
 
+pub mod holds;
+pub mod record;
 pub mod registry;
+pub mod session;
 pub mod table;
 
+pub use holds::Holds;
+pub use record::{Holdings, Placement, Record, Role, State};
 pub use registry::Registry;
+pub use session::{Announcement, Member, Membership, Refused, Session, Term};
 pub use table::{Holder, Members, RoutingTable};

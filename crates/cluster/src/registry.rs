@@ -1,9 +1,12 @@
-//! Where a process looks for the others. `static://` names them once and for all.
+//! Where a process looks for the others. `static://` names them once and for all; `etcd://` names the etcd that they
+//! register in.
 
-/// A list of addresses that cannot be read.
+pub mod etcd;
+
+/// A registry that cannot be used as it is written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("registry {0:?} has no known scheme; use static://host:port,host:port")]
+    #[error("registry {0:?} has no known scheme; use static://host:port,host:port or etcd://host:2379/prefix")]
     Scheme(String),
     #[error("registry {0:?} names no address")]
     Empty(String),
@@ -11,6 +14,10 @@ pub enum Error {
     Address(String),
     #[error("registry address {0:?} occurs twice")]
     Twice(String),
+    #[error("registry option {0:?} is not known; known are user, password-file, ca, cert, key, ttl")]
+    Option(String),
+    #[error("registry option {option} of {value:?}: {problem}")]
+    Value { option: &'static str, value: String, problem: String },
 }
 
 /// `--registry`: the processes this one talks to.
@@ -18,37 +25,40 @@ pub enum Error {
 pub enum Registry {
     /// The same addresses for the life of the process; each may be up or down.
     Static(Vec<String>),
+    Etcd(etcd::Url),
 }
 
 impl Registry {
-    /// Reads `static://host:port,host:port`.
+    /// Reads `static://host:port,host:port` or `etcd://host:2379,host:2379/prefix?option=value`.
     pub fn parse(url: &str) -> Result<Self, Error> {
+        if let Some(rest) = url.strip_prefix("etcd://") {
+            return etcd::Url::parse(url, rest).map(Self::Etcd);
+        }
         let list = url.strip_prefix("static://").ok_or_else(|| Error::Scheme(url.to_owned()))?;
-        let mut addresses: Vec<String> = Vec::new();
-        for address in list.split(',').map(str::trim).filter(|address| !address.is_empty()) {
-            let port =
-                address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse());
-            match port {
-                Some(Ok(1_u16..)) => {}
-                Some(Ok(0) | Err(_)) | None => return Err(Error::Address(address.to_owned())),
-            }
-            if addresses.iter().any(|seen| seen == address) {
-                return Err(Error::Twice(address.to_owned()));
-            }
-            addresses.push(address.to_owned());
-        }
-        if addresses.is_empty() {
-            return Err(Error::Empty(url.to_owned()));
-        }
+        let addresses = addresses(url, list)?;
         Ok(Self::Static(addresses))
     }
+}
 
-    /// Every address to talk to, `host:port` each.
-    #[must_use]
-    pub fn addresses(&self) -> &[String] {
-        let Self::Static(addresses) = self;
-        addresses
+/// `host:port,host:port`, each once.
+fn addresses(url: &str, list: &str) -> Result<Vec<String>, Error> {
+    let mut addresses: Vec<String> = Vec::new();
+    for address in list.split(',').map(str::trim).filter(|address| !address.is_empty()) {
+        let port =
+            address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse());
+        match port {
+            Some(Ok(1_u16..)) => {}
+            Some(Ok(0) | Err(_)) | None => return Err(Error::Address(address.to_owned())),
+        }
+        if addresses.iter().any(|seen| seen == address) {
+            return Err(Error::Twice(address.to_owned()));
+        }
+        addresses.push(address.to_owned());
     }
+    if addresses.is_empty() {
+        return Err(Error::Empty(url.to_owned()));
+    }
+    Ok(addresses)
 }
 
 impl std::str::FromStr for Registry {
@@ -64,12 +74,8 @@ mod tests {
     use super::*;
 
     fn check(url: &str, expected: Result<&[&str], Error>) {
-        let addresses = Registry::parse(url).map(|registry| registry.addresses().to_vec());
-        assert_eq!(
-            addresses,
-            expected.map(|list| list.iter().map(|&address| address.to_owned()).collect()),
-            "{url}"
-        );
+        let expected = expected.map(|list| list.iter().map(|&address| address.to_owned()).collect());
+        assert_eq!(Registry::parse(url), expected.map(Registry::Static), "{url}");
     }
 
     #[test]

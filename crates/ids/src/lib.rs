@@ -50,6 +50,30 @@ number_id! {
     Version(u64)
 }
 
+number_id! {
+    /// What one instance holds, counted: grows with every change of it.
+    Epoch(u64)
+}
+
+/// XXH3-64 over an expert's tensors as they are stored, or the sum (mod 2^64) of several experts' hashes: holders of
+/// the same weights agree on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct WeightsHash(pub u64);
+
+impl WeightsHash {
+    /// Of both together, in any order.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0.wrapping_add(other.0))
+    }
+}
+
+impl fmt::Display for WeightsHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
 /// A running process: unique for every start of it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InstanceId(pub std::sync::Arc<str>);
