@@ -10,14 +10,16 @@
 //! | `PREFIX/leader` | the leading router's instance | the router's |
 //! | `PREFIX/placement` | [`Placement`] | none |
 
+pub mod health;
 pub mod holds;
 pub mod record;
 pub mod registry;
 pub mod session;
 pub mod table;
 
+pub use health::Health;
 pub use holds::Holds;
 pub use record::{Holdings, Placement, Record, Role, State};
 pub use registry::Registry;
 pub use session::{Announcement, Member, Membership, Refused, Session, Term};
-pub use table::{Holder, Members, RoutingTable};
+pub use table::{Holder, Members, OtherWeights, RoutingTable};

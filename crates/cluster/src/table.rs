@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use ids::{ExpertId, InstanceId, LayerId, Version};
+use ids::{Epoch, ExpertId, InstanceId, LayerId, Version, WeightsHash};
 
 /// An expert server and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,15 +11,35 @@ pub struct Holder {
     pub instance: InstanceId,
     /// `host:port`
     pub address: String,
-    pub holds: BTreeMap<LayerId, Vec<ExpertId>>,
+    /// Of its holdings.
+    pub epoch: Epoch,
+    /// What it holds, and the hash of each expert's weights.
+    pub holds: BTreeMap<(LayerId, ExpertId), WeightsHash>,
+    /// It will leave: used only for what nobody else holds.
+    pub draining: bool,
 }
 
 impl Holder {
     /// Number of (layer, expert) pairs held.
     #[must_use]
     pub fn n_experts(&self) -> usize {
-        self.holds.values().map(Vec::len).sum()
+        self.holds.len()
     }
+}
+
+/// Two servers that hold different weights for the same expert: one file of the two is damaged or of another model.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{instance} holds other weights of layer {layer} expert {expert} (hash {has}) than {first} (hash {known}) \
+     that this router has used"
+)]
+pub struct OtherWeights {
+    instance: InstanceId,
+    layer: LayerId,
+    expert: ExpertId,
+    has: WeightsHash,
+    first: InstanceId,
+    known: WeightsHash,
 }
 
 /// Which instances hold which expert, at one moment.
@@ -33,12 +53,15 @@ pub struct RoutingTable {
 impl RoutingTable {
     fn new(version: Version, holders: BTreeMap<InstanceId, Holder>) -> Self {
         let mut holders_of: HashMap<_, Vec<_>> = HashMap::new();
-        for holder in holders.values() {
-            for (&layer, experts) in &holder.holds {
-                for &expert in experts {
-                    holders_of.entry((layer, expert)).or_default().push(holder.instance.clone());
+        // Those that drain come second: for an expert that somebody else holds they are no holder.
+        for draining in [false, true] {
+            let mut taken: HashMap<_, Vec<_>> = HashMap::new();
+            for holder in holders.values().filter(|holder| holder.draining == draining) {
+                for pair in holder.holds.keys().filter(|pair| !holders_of.contains_key(*pair)) {
+                    taken.entry(*pair).or_default().push(holder.instance.clone());
                 }
             }
+            holders_of.extend(taken);
         }
         Self { version, holders, holders_of }
     }
@@ -88,18 +111,48 @@ impl RoutingTable {
 pub struct Members {
     version: Version,
     holders: BTreeMap<InstanceId, Holder>,
+    /// The weights of every expert ever used, and who brought them: an answer must not mix two models.
+    weights: HashMap<(LayerId, ExpertId), (InstanceId, WeightsHash)>,
 }
 
 impl Members {
     /// `holder` serves from now on; what it held before under this instance is replaced.
-    pub fn join(&mut self, holder: Holder) -> RoutingTable {
+    ///
+    /// # Errors
+    /// It holds other weights than those known: the members stay as they are.
+    pub fn join(&mut self, holder: Holder) -> Result<RoutingTable, OtherWeights> {
+        for (&(layer, expert), &has) in &holder.holds {
+            match self.weights.get(&(layer, expert)) {
+                Some((first, known)) if *known != has => {
+                    return Err(OtherWeights {
+                        instance: holder.instance.clone(),
+                        layer,
+                        expert,
+                        has,
+                        first: first.clone(),
+                        known: *known,
+                    });
+                }
+                Some(_) | None => {}
+            }
+        }
+        for (&pair, &hash) in &holder.holds {
+            self.weights.entry(pair).or_insert_with(|| (holder.instance.clone(), hash));
+        }
         self.holders.insert(holder.instance.clone(), holder);
-        self.next()
+        Ok(self.next())
     }
 
     /// `instance` serves no more. None if it did not serve: the table stays.
     pub fn leave(&mut self, instance: &InstanceId) -> Option<RoutingTable> {
         self.holders.remove(instance)?;
+        Some(self.next())
+    }
+
+    /// `instance` will leave. None if that is no news: the table stays.
+    pub fn drain(&mut self, instance: &InstanceId) -> Option<RoutingTable> {
+        let holder = self.holders.get_mut(instance).filter(|holder| !holder.draining)?;
+        holder.draining = true;
         Some(self.next())
     }
 
@@ -150,26 +203,58 @@ fn ranges(experts: &[ExpertId]) -> String {
 mod tests {
     use super::*;
 
-    fn holder(name: &str, layer: u32, experts: &[u32]) -> Holder {
+    fn holder(name: &str, experts: &[u32]) -> Holder {
+        let held = |&expert: &u32| ((LayerId(1), ExpertId(expert)), WeightsHash(expert.into()));
         Holder {
             instance: name.into(),
             address: format!("{name}:1"),
-            holds: BTreeMap::from([(LayerId(layer), experts.iter().copied().map(ExpertId).collect())]),
+            epoch: Epoch(1),
+            holds: experts.iter().map(held).collect(),
+            draining: false,
         }
+    }
+
+    fn holders_of(table: &RoutingTable, expert: u32) -> Vec<&str> {
+        table.holders_of(LayerId(1), ExpertId(expert)).iter().map(InstanceId::as_str).collect()
     }
 
     #[test]
     fn members_come_and_go() {
         let mut members = Members::default();
-        members.join(holder("a", 1, &[0, 1]));
-        let table = members.join(holder("b", 1, &[1, 2]));
+        members.join(holder("a", &[0, 1])).unwrap();
+        let table = members.join(holder("b", &[1, 2])).unwrap();
         assert_eq!(table.version(), Version(2));
-        assert_eq!(table.holders_of(LayerId(1), ExpertId(1)), [InstanceId::from("a"), InstanceId::from("b")]);
+        assert_eq!(holders_of(&table, 1), ["a", "b"]);
         assert_eq!(describe(&table.missing([LayerId(1)], 4)), "layer 1: expert 3");
         assert!(members.leave(&"c".into()).is_none());
         let table = members.leave(&"a".into()).unwrap();
         assert_eq!(table.version(), Version(3));
         assert_eq!(describe(&table.missing([LayerId(1)], 4)), "layer 1: experts 0,3");
+    }
+
+    #[test]
+    fn a_draining_server_is_asked_only_for_what_nobody_else_holds() {
+        let mut members = Members::default();
+        members.join(holder("a", &[0, 1])).unwrap();
+        members.join(holder("b", &[1])).unwrap();
+        let table = members.drain(&"a".into()).unwrap();
+        assert_eq!((holders_of(&table, 0), holders_of(&table, 1)), (vec!["a"], vec!["b"]));
+        assert!(members.drain(&"a".into()).is_none());
+    }
+
+    #[test]
+    fn other_weights_of_a_known_expert_are_refused_for_good() {
+        let mut members = Members::default();
+        members.join(holder("a", &[0, 1])).unwrap();
+        members.leave(&"a".into());
+        let mut other = holder("b", &[0, 1]);
+        other.holds.insert((LayerId(1), ExpertId(1)), WeightsHash(77));
+        assert_eq!(
+            members.join(other).unwrap_err().to_string(),
+            "b holds other weights of layer 1 expert 1 (hash 000000000000004d) than a (hash 0000000000000001) \
+             that this router has used"
+        );
+        assert!(holders_of(&members.join(holder("c", &[1])).unwrap(), 0).is_empty());
     }
 
     #[test]

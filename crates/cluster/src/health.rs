@@ -1,0 +1,321 @@
+//! How well each server answers, as one router sees it: latencies and failures in, p95 and ejections out. Pure: the
+//! clock is an argument. Outlier detection as Envoy has it, with two differences: latency is judged by frames of the
+//! same size, and a server is never judged without a frame that it owes.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use ids::{FrameId, InstanceId};
+
+mod budget;
+mod latency;
+
+pub use budget::Budget;
+use latency::Latencies;
+
+/// When a server is avoided, and how much may be sent twice.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// No frame is hedged sooner: below this, a second frame costs more than it saves.
+    pub hedge_after_min: Duration,
+    /// A server that owes a frame and has answered nothing for this long, and for [`SILENT_FACTOR`] times what such a
+    /// frame takes, is ejected.
+    pub silent_max: Duration,
+    /// So many failures in a row eject a server.
+    pub failures_max: u32,
+    /// The first ejection; each further one is twice as long.
+    pub eject: Duration,
+    pub eject_max: Duration,
+    /// No more than this share of the servers is ejected at a time, and one may always be.
+    pub eject_share: f32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            hedge_after_min: Duration::from_millis(2),
+            silent_max: Duration::from_millis(250),
+            failures_max: 5,
+            eject: Duration::from_secs(1),
+            eject_max: Duration::from_secs(30),
+            eject_share: 0.34,
+        }
+    }
+}
+
+/// A frame that takes this many times the usual is no slow frame but a silent server.
+const SILENT_FACTOR: u32 = 8;
+
+/// How a frame failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// It may work the next time.
+    Transient,
+    /// The server computes wrongly: it is ejected at once.
+    Wrong,
+}
+
+/// All servers of one router.
+#[derive(Debug)]
+pub struct Health {
+    limits: Limits,
+    servers: HashMap<InstanceId, Server>,
+    latencies: Latencies,
+    n_ejections: u64,
+    pub hedges: Budget,
+    pub failovers: Budget,
+}
+
+#[derive(Debug)]
+struct Server {
+    owed: HashMap<FrameId, Owed>,
+    answered_at: Instant,
+    /// Moving average of its latency over the usual one of frames of the same size.
+    slowness: f32,
+    latency: Duration,
+    failures_in_a_row: u32,
+    state: State,
+    /// Ejections without a success in between.
+    ejections_in_a_row: u32,
+    n_ejections: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Owed {
+    sent_at: Instant,
+    n_pairs: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    In,
+    Ejected { until: Instant },
+    /// One frame is on its way to find out.
+    Probing { probe: FrameId },
+}
+
+/// What is known of one server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub ejected: bool,
+    pub latency: Duration,
+    pub n_owed: usize,
+    pub n_ejections: u32,
+}
+
+/// Weight of the newest observation in moving averages.
+const NEWEST: f32 = 0.1;
+
+impl Health {
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            servers: HashMap::new(),
+            latencies: Latencies::default(),
+            n_ejections: 0,
+            hedges: Budget::hedges(),
+            failovers: Budget::failovers(),
+        }
+    }
+
+    /// `instance` serves from now on, with a clean record.
+    pub fn join(&mut self, instance: &InstanceId, now: Instant) {
+        let server = Server {
+            owed: HashMap::new(),
+            answered_at: now,
+            slowness: 1.0,
+            latency: Duration::ZERO,
+            failures_in_a_row: 0,
+            state: State::In,
+            ejections_in_a_row: 0,
+            n_ejections: 0,
+        };
+        self.servers.insert(instance.clone(), server);
+    }
+
+    /// `instance` is gone, and with it what it owed.
+    pub fn leave(&mut self, instance: &InstanceId) {
+        self.servers.remove(instance);
+    }
+
+    /// Forgets the servers that `keep` does not name and welcomes those that are new.
+    pub fn follow<'a>(&mut self, keep: impl Iterator<Item = &'a InstanceId> + Clone, now: Instant) {
+        self.servers.retain(|instance, _| keep.clone().any(|kept| kept == instance));
+        for instance in keep {
+            if !self.servers.contains_key(instance) {
+                self.join(instance, now);
+            }
+        }
+    }
+
+    pub fn sent(&mut self, instance: &InstanceId, frame: FrameId, n_pairs: usize, now: Instant) {
+        self.hedges.earn();
+        self.failovers.earn();
+        if let Some(server) = self.servers.get_mut(instance) {
+            server.owed.insert(frame, Owed { sent_at: now, n_pairs });
+        }
+    }
+
+    /// `instance` answered `frame` rightly, in time or not.
+    pub fn answered(&mut self, instance: &InstanceId, frame: FrameId, now: Instant) {
+        let Some(server) = self.servers.get_mut(instance) else { return };
+        let Some(owed) = server.owed.remove(&frame) else { return };
+        server.answered_at = now;
+        server.failures_in_a_row = 0;
+        let took = now.saturating_duration_since(owed.sent_at);
+        match server.state {
+            State::Probing { probe } if probe == frame => {
+                server.state = State::In;
+                server.slowness = 1.0;
+                // Whatever else it owes is from before; it does not speak against it any more.
+                server.owed.clear();
+            }
+            // An answer from the time of its absence says nothing about frames in general.
+            State::Ejected { .. } | State::Probing { .. } => return,
+            State::In => server.ejections_in_a_row = 0,
+        }
+        let usual = self.latencies.usual(owed.n_pairs).unwrap_or(took);
+        let ratio = took.as_secs_f32() / usual.as_secs_f32().max(1e-6);
+        server.slowness += NEWEST * (ratio.clamp(0.1, 100.0) - server.slowness);
+        server.latency = server.latency.mul_f32(1.0 - NEWEST) + took.mul_f32(NEWEST);
+        self.latencies.add(owed.n_pairs, took);
+    }
+
+    /// `instance` answered `frame` wrongly or not at all. True if it is ejected by it.
+    pub fn failed(&mut self, instance: &InstanceId, frame: FrameId, failure: Failure, now: Instant) -> bool {
+        let failures_max = self.limits.failures_max;
+        let Some(server) = self.servers.get_mut(instance) else { return false };
+        server.owed.remove(&frame);
+        server.failures_in_a_row += 1;
+        match server.state {
+            State::Probing { probe } if probe == frame => self.eject(instance, now),
+            State::Ejected { .. } | State::Probing { .. } => false,
+            State::In if failure == Failure::Wrong || server.failures_in_a_row >= failures_max => {
+                self.eject(instance, now)
+            }
+            State::In => false,
+        }
+    }
+
+    /// Ejects the servers that have been silent for too long; gives those that are out since now.
+    pub fn tick(&mut self, now: Instant) -> Vec<InstanceId> {
+        let mut silent: Vec<InstanceId> = self
+            .servers
+            .iter()
+            .filter(|(_, server)| match server.state {
+                State::In | State::Probing { .. } => self.silent_at(server).is_some_and(|at| at <= now),
+                State::Ejected { .. } => false,
+            })
+            .map(|(instance, _)| instance.clone())
+            .collect();
+        silent.sort_unstable();
+        silent.retain(|instance| self.eject(instance, now));
+        silent
+    }
+
+    /// The next moment at which [`Health::tick`] may have something to say.
+    #[must_use]
+    pub fn next_tick(&self) -> Option<Instant> {
+        let servers = self.servers.values().filter(|server| !matches!(server.state, State::Ejected { .. }));
+        servers.filter_map(|server| self.silent_at(server)).min()
+    }
+
+    fn silent_at(&self, server: &Server) -> Option<Instant> {
+        let oldest = server.owed.values().min_by_key(|owed| owed.sent_at)?;
+        // Without any experience there is no usual time: the frame's own timeout decides.
+        let usual = self.latencies.usual(oldest.n_pairs)?;
+        Some(server.answered_at.max(oldest.sent_at) + self.limits.silent_max.max(usual * SILENT_FACTOR))
+    }
+
+    fn eject(&mut self, instance: &InstanceId, now: Instant) -> bool {
+        let n_out =
+            self.servers.iter().filter(|(other, server)| *other != instance && server.state != State::In).count();
+        let out_max = ((self.servers.len() as f32 * self.limits.eject_share) as usize).max(1);
+        let Some(server) = self.servers.get_mut(instance) else { return false };
+        if n_out >= out_max {
+            // Judged again when something changes, not at once.
+            server.answered_at = now;
+            return false;
+        }
+        let factor = 1_u32 << server.ejections_in_a_row.min(16);
+        let span = (self.limits.eject * factor).min(self.limits.eject_max);
+        server.state = State::Ejected { until: now + span };
+        server.ejections_in_a_row += 1;
+        server.failures_in_a_row = 0;
+        server.n_ejections += 1;
+        self.n_ejections += 1;
+        true
+    }
+
+    /// Servers whose time out is over: the next frame that they could answer is sent to them as well.
+    #[must_use]
+    pub fn probes_due(&self, now: Instant) -> Vec<InstanceId> {
+        let due = |server: &Server| matches!(server.state, State::Ejected { until } if until <= now);
+        let mut due: Vec<InstanceId> = self
+            .servers
+            .iter()
+            .filter(|(_, server)| due(server))
+            .map(|(instance, _)| instance.clone())
+            .collect();
+        due.sort_unstable();
+        due
+    }
+
+    /// `probe`, just sent, decides about `instance`.
+    pub fn probe(&mut self, instance: &InstanceId, probe: FrameId) {
+        if let Some(server) = self.servers.get_mut(instance) {
+            server.state = State::Probing { probe };
+            // What it never answered is not asked about any more.
+            server.owed.retain(|&frame, _| frame == probe);
+        }
+    }
+
+    /// True if frames may be sent to `instance` while others hold the same.
+    #[must_use]
+    pub fn is_in(&self, instance: &InstanceId) -> bool {
+        self.servers.get(instance).is_none_or(|server| server.state == State::In)
+    }
+
+    /// How long `instance` may be expected to take, in units of a usual frame: frames that it owes count, and one
+    /// that is overdue counts by how much.
+    #[must_use]
+    pub fn cost(&self, instance: &InstanceId, now: Instant) -> f32 {
+        let Some(server) = self.servers.get(instance) else { return 1.0 };
+        let overdue = server
+            .owed
+            .values()
+            .map(|owed| {
+                let usual = self.latencies.usual(owed.n_pairs).unwrap_or(self.limits.silent_max);
+                now.saturating_duration_since(owed.sent_at).as_secs_f32() / usual.as_secs_f32().max(1e-4)
+            })
+            .fold(0.0, f32::max);
+        server.slowness * (1.0 + server.owed.len() as f32) + overdue
+    }
+
+    /// How long a frame of so many (row, expert) pairs may take before a second one is sent; None: too little is known.
+    #[must_use]
+    pub fn hedge_after(&self, n_pairs: usize) -> Option<Duration> {
+        Some(self.latencies.p95(n_pairs)?.max(self.limits.hedge_after_min))
+    }
+
+    #[must_use]
+    pub fn summary(&self, instance: &InstanceId) -> Summary {
+        self.servers.get(instance).map_or_else(Summary::default, |server| Summary {
+            ejected: server.state != State::In,
+            latency: server.latency,
+            n_owed: server.owed.len(),
+            n_ejections: server.n_ejections,
+        })
+    }
+
+    #[must_use]
+    pub const fn n_ejections(&self) -> u64 {
+        self.n_ejections
+    }
+}
+
+#[cfg(test)]
+mod tests;
