@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt as _, stream};
+use ids::InstanceId;
 use model::ModelConfig;
 use proto::{
     Code, Error,
@@ -63,9 +64,14 @@ impl Router for Api {
         let vocab_size = self.config.vocab_size;
         let (out, events) = mpsc::unbounded_channel();
         let sequence = Sequence::new(request, out, now());
-        self.commands
-            .send(Command::Submit(Box::new(sequence)))
-            .map_err(|_| Status::from(Error::internal("the engine has stopped")))?;
+        match sequence.end() {
+            // The router that died had emitted the last token, and could not say so any more.
+            Some(finish) => sequence.finish(finish),
+            None => self
+                .commands
+                .send(Command::Submit(Box::new(sequence)))
+                .map_err(|_| Status::from(Error::internal("the engine has stopped")))?,
+        }
         let replies = Events { events, ended: false, _open: open }
             .flat_map(move |event| stream::iter(replies(event, vocab_size)));
         Ok(Response::new(Box::pin(replies)))
@@ -85,10 +91,15 @@ impl Api {
         if n_prompt == 0 {
             return Err(Error::invalid("prompt_ids", "the prompt is empty"));
         }
-        if let Some(id) = request.prompt_ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
-            let message =
-                format!("prompt id {id} is not below the vocabulary size {}", self.config.vocab_size);
-            return Err(Error::invalid("prompt_ids", message));
+        for (field, ids) in [("prompt_ids", &request.prompt_ids), ("emitted_ids", &request.emitted_ids)] {
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+                let message =
+                    format!("{field} has {id}, not below the vocabulary size {}", self.config.vocab_size);
+                return Err(Error::invalid(field, message));
+            }
+        }
+        if request.prompt_logits && !request.emitted_ids.is_empty() {
+            return Err(Error::invalid("emitted_ids", "a request for prompt_logits cannot be repaired"));
         }
         let room = self.limits.tokens_max(n_prompt);
         if room == 0 {
@@ -123,6 +134,7 @@ impl Api {
         Ok(sequence::Request {
             id: request.request_id,
             prompt: request.prompt_ids,
+            emitted: request.emitted_ids,
             tokens_max,
             tokens_min: request.tokens_min as usize,
             sampling: checked_sampling(request.sampling.unwrap_or_default())?,
@@ -138,16 +150,24 @@ impl Api {
         let calibrated = self.limits.combine != Combine::Exact || self.stats.is_calibrated();
         let ready =
             missing.is_empty() && calibrated && !self.stats.hangs(now) && !self.tasks.is_shutting_down();
-        let servers = self.links.states().into_iter().map(|(address, link)| v1::ExpertServer {
-            frames_in_flight: view
-                .links
-                .get(&link.instance.as_str().into())
-                .map_or(0, |sender| (sender.max_capacity() - sender.capacity()) as u64),
-            instance: link.instance,
-            address,
-            state: link.state.to_owned(),
-            detail: link.detail,
-            n_experts: link.n_experts as u32,
+        let dispatch = self.stats.dispatch();
+        let servers = self.links.states().into_values().map(|link| {
+            let instance = InstanceId::from(link.instance.as_str());
+            let summary = dispatch.servers.get(&instance).copied().unwrap_or_default();
+            let queued =
+                view.links.get(&instance).map_or(0, |sender| sender.max_capacity() - sender.capacity());
+            v1::ExpertServer {
+                frames_in_flight: (queued + summary.n_owed) as u64,
+                state: if link.state == "ready" && summary.ejected { "ejected" } else { link.state }
+                    .to_owned(),
+                instance: link.instance,
+                address: link.address,
+                detail: link.detail,
+                n_experts: link.n_experts as u32,
+                latency_us: summary.latency.as_micros() as u64,
+                ejections: summary.n_ejections,
+                epoch: link.epoch.0,
+            }
         });
         v1::RouterStatus {
             instance: self.instance.clone(),
@@ -176,7 +196,12 @@ impl Api {
             steps: self.stats.steps.load(Relaxed),
             tokens_out: self.stats.tokens_out.load(Relaxed),
             preemptions: self.stats.preemptions.load(Relaxed),
-            stale_replies: self.stats.stale_replies.load(Relaxed),
+            stale_replies: dispatch.counts.stale_replies,
+            frames: dispatch.counts.frames,
+            hedges: dispatch.hedges,
+            failovers: dispatch.failovers,
+            ejections: dispatch.ejections,
+            failures: dispatch.counts.failures.into_iter().collect(),
             combine: match self.limits.combine {
                 Combine::Exact => "exact",
                 Combine::Pairs => "pairs",
@@ -268,7 +293,9 @@ impl Stream for Events {
 fn replies(event: Event, vocab_size: usize) -> Vec<Result<v1::GenerateReply, Status>> {
     let reply = v1::GenerateReply::default();
     match event {
-        Event::Token(drawn) => vec![Ok(v1::GenerateReply { tokens: vec![token(drawn)], ..reply })],
+        Event::Token { drawn, degraded } => {
+            vec![Ok(v1::GenerateReply { tokens: vec![token(drawn)], degraded, ..reply })]
+        }
         Event::PromptLogits { first_position, values } => {
             let positions = (FRAME_BYTES_MAX / (vocab_size * 4)).max(1);
             let parts = values.chunks(positions * vocab_size).enumerate().map(|(part, values)| {
@@ -290,8 +317,10 @@ fn replies(event: Event, vocab_size: usize) -> Vec<Result<v1::GenerateReply, Sta
                 completion_tokens: usage.completion_tokens as u32,
                 experts: usage.experts as u32,
                 servers: usage.servers as u32,
+                experts_masked: usage.experts_masked as u32,
             };
-            vec![Ok(v1::GenerateReply { finish: finish.into(), usage: Some(usage), ..reply })]
+            let degraded = usage.experts_masked > 0;
+            vec![Ok(v1::GenerateReply { finish: finish.into(), usage: Some(usage), degraded, ..reply })]
         }
         Event::Failed(error) => vec![Err(error.into())],
     }

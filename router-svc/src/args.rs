@@ -1,9 +1,9 @@
 //! Flags of the router, and what they come to: [`Args`] is what was typed, [`Limits`] what the engine needs.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
-use cluster::Registry;
+use cluster::{Registry, health};
 use model::{ModelConfig, Pages};
 use proto::rows::Dtype;
 
@@ -34,6 +34,15 @@ impl Wire {
     }
 }
 
+/// What happens to a row whose expert nobody holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnMissingExpert {
+    /// It waits, at most --expert-wait.
+    Wait,
+    /// The gate chooses among the others, and the answer is marked degraded.
+    Skip,
+}
+
 /// Run a router: attention, gate and KV cache; the experts are elsewhere.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -43,9 +52,18 @@ pub struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, env = "SHOAL_LISTEN", default_value = "127.0.0.1:0", value_name = "HOST:PORT")]
     pub listen: SocketAddr,
-    /// Where the expert servers are: static://host:port,host:port
+    /// Where the expert servers are: static://host:port,host:port or etcd://host:2379/prefix
     #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL")]
     pub registry: Registry,
+    /// Address at which gateways reach this router, if it is not the one it listens on
+    #[arg(long, env = "SHOAL_ADVERTISE", value_name = "HOST:PORT")]
+    pub advertise: Option<String>,
+    /// How many servers shall hold each expert: what the leader of the routers sees to, with an etcd registry
+    #[arg(long, env = "SHOAL_REPLICAS", default_value = "1", value_name = "N")]
+    pub replicas: NonZeroUsize,
+    /// What happens to a row whose expert nobody holds
+    #[arg(long, env = "SHOAL_ON_MISSING_EXPERT", default_value = "wait")]
+    pub on_missing_expert: OnMissingExpert,
     /// How contributions are summed [default: exact on the f32 wire, fast on bf16]
     #[arg(long, env = "SHOAL_COMBINE")]
     pub combine: Option<Combine>,
@@ -79,12 +97,26 @@ pub struct Args {
     /// How long one layer may wait for its replies before its servers count as failed
     #[arg(long, env = "SHOAL_DISPATCH_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub dispatch_timeout: Duration,
+    /// No frame is sent to a second server sooner; later than this, past the p95 of frames of its size
+    #[arg(long, env = "SHOAL_HEDGE_AFTER_MIN", default_value = "2ms", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub hedge_after_min: Duration,
+    /// A server that owes a frame and says nothing for so long is avoided for a while
+    #[arg(long, env = "SHOAL_SILENT_MAX", default_value = "250ms", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub silent_max: Duration,
+    /// Most of the servers that are avoided at a time; one may always be
+    #[arg(long, env = "SHOAL_EJECT_SHARE", default_value_t = 0.34, value_parser = share, value_name = "0..1")]
+    pub eject_share: f32,
     /// Compute threads [default: one for each core]
     #[arg(long, env = "SHOAL_THREADS")]
     pub threads: Option<usize>,
     /// How long running requests may take to finish after SIGTERM
     #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    let share = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("not between 0 and 1".to_owned()) }
 }
 
 /// Bytes of KV cache that the default number of pages stays under.
@@ -106,9 +138,19 @@ pub(crate) struct Limits {
     pub(crate) queue_max: usize,
     pub(crate) expert_wait: Duration,
     pub(crate) dispatch_timeout: Duration,
+    pub(crate) on_missing_expert: OnMissingExpert,
 }
 
 impl Args {
+    pub(crate) fn health(&self) -> health::Limits {
+        health::Limits {
+            hedge_after_min: self.hedge_after_min,
+            silent_max: self.silent_max,
+            eject_share: self.eject_share,
+            ..health::Limits::default()
+        }
+    }
+
     /// All that is wrong with the flags for this model, at once.
     pub(crate) fn limits(&self, config: &ModelConfig) -> anyhow::Result<Limits> {
         let zero: Vec<&str> = [
@@ -161,6 +203,7 @@ impl Args {
             queue_max: self.queue_max,
             expert_wait: self.expert_wait,
             dispatch_timeout: self.dispatch_timeout,
+            on_missing_expert: self.on_missing_expert,
         })
     }
 }

@@ -1,9 +1,12 @@
 //! Rows and table → the frames of one layer: which row goes to which holder. Pure.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
 
-use cluster::RoutingTable;
-use ids::{ExpertId, InstanceId, LayerId, RowIndex};
+use cluster::{Health, RoutingTable};
+use ids::{Epoch, ExpertId, InstanceId, LayerId, RowIndex, WeightsHash};
 use proto::{
     frame::{Assignment, FRAME_BYTES_MAX},
     rows::{Dtype, Rows},
@@ -52,37 +55,108 @@ impl Slot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) holder: InstanceId,
+    /// The holder's holdings that this was planned with.
+    pub(crate) epoch: Epoch,
+    /// Of the part's experts, each once.
+    pub(crate) weights: WeightsHash,
     /// Ascending, so that a row's pairs lie together.
     pub(crate) slots: Vec<Slot>,
 }
 
-/// Spreads `slots` over their holders. `avoid` names holders that have failed in this layer. Gives the parts, and the
-/// slots that nobody can serve.
+/// What a plan goes by: who holds what, how well each answers, and a number that is another one every time.
+pub(crate) struct Grounds<'a> {
+    pub(crate) table: &'a RoutingTable,
+    pub(crate) health: &'a Health,
+    pub(crate) now: Instant,
+    pub(crate) salt: u64,
+}
+
+/// Spreads `slots` over their holders. `avoid` names holders that have failed with them. Gives the parts, and the slots
+/// that nobody can serve.
 pub(crate) fn plan(
     activations: &Activations,
     slots: impl IntoIterator<Item = Slot>,
-    table: &RoutingTable,
+    grounds: &Grounds<'_>,
     avoid: &[InstanceId],
 ) -> (Vec<Part>, Vec<Slot>) {
-    let mut by_holder: BTreeMap<&InstanceId, Vec<Slot>> = BTreeMap::new();
-    let mut orphans = Vec::new();
+    let mut by_expert: BTreeMap<ExpertId, Vec<Slot>> = BTreeMap::new();
     for slot in slots {
-        let expert = activations.expert(slot);
-        let holders = table.holders_of(activations.layer, expert);
-        // Replicas share the experts between them by number, so that a layer touches few servers and each its part.
-        let preferred =
-            holders.iter().cycle().skip(expert.index() % holders.len().max(1)).take(holders.len());
-        match preferred.into_iter().find(|holder| !avoid.contains(holder)) {
-            Some(holder) => by_holder.entry(holder).or_default().push(slot),
-            None => orphans.push(slot),
+        by_expert.entry(activations.expert(slot)).or_default().push(slot);
+    }
+    let mut by_holder: BTreeMap<&InstanceId, (f32, Vec<Slot>)> = BTreeMap::new();
+    let mut orphans = Vec::new();
+    for (expert, slots) in by_expert {
+        let candidates = candidates(activations.layer, expert, grounds, avoid);
+        let load = |holder: &InstanceId| {
+            let (cost, planned) = by_holder
+                .get(holder)
+                .map_or_else(|| (grounds.cost(holder), 0), |(cost, planned)| (*cost, planned.len()));
+            cost * (planned + slots.len()) as f32
+        };
+        match candidates.into_iter().min_by(|a, b| load(a).total_cmp(&load(b))) {
+            Some(holder) => {
+                by_holder.entry(holder).or_insert_with(|| (grounds.cost(holder), Vec::new())).1.extend(slots);
+            }
+            None => orphans.extend(slots),
         }
     }
     let mut parts = Vec::with_capacity(by_holder.len());
-    for (holder, mut slots) in by_holder {
+    for (holder, (_, mut slots)) in by_holder {
         slots.sort_unstable();
-        parts.extend(cut(activations, slots).map(|slots| Part { holder: holder.clone(), slots }));
+        parts.extend(cut(activations, slots).map(|slots| part(activations, holder, slots, grounds.table)));
     }
+    orphans.sort_unstable();
     (parts, orphans)
+}
+
+/// All of `slots` for one holder; None if it does not hold all of their experts.
+pub(crate) fn plan_for(
+    activations: &Activations,
+    holder: &InstanceId,
+    slots: &[Slot],
+    table: &RoutingTable,
+) -> Option<Part> {
+    let holds = &table.holder(holder)?.holds;
+    let held = slots.iter().all(|&slot| holds.contains_key(&(activations.layer, activations.expert(slot))));
+    held.then(|| part(activations, holder, slots.to_vec(), table))
+}
+
+/// At most two holders to choose between (the power of two choices): an expert's work goes to one of them, so that its
+/// weights are read once.
+fn candidates<'a>(
+    layer: LayerId,
+    expert: ExpertId,
+    grounds: &Grounds<'a>,
+    avoid: &[InstanceId],
+) -> Vec<&'a InstanceId> {
+    let left = || grounds.table.holders_of(layer, expert).iter().filter(|holder| !avoid.contains(holder));
+    let mut candidates: Vec<&InstanceId> = left().filter(|holder| grounds.health.is_in(holder)).collect();
+    if candidates.is_empty() {
+        // Better an ejected server than none.
+        candidates = left().collect();
+    }
+    let n = candidates.len();
+    if n > 0 {
+        candidates.rotate_left((grounds.salt as usize).wrapping_add(expert.index()) % n);
+        candidates.truncate(2);
+    }
+    candidates
+}
+
+impl Grounds<'_> {
+    fn cost(&self, holder: &InstanceId) -> f32 {
+        self.health.cost(holder, self.now)
+    }
+}
+
+fn part(activations: &Activations, holder: &InstanceId, slots: Vec<Slot>, table: &RoutingTable) -> Part {
+    let experts: BTreeSet<ExpertId> = slots.iter().map(|&slot| activations.expert(slot)).collect();
+    let holding = table.holder(holder);
+    let weights = experts
+        .iter()
+        .filter_map(|&expert| holding?.holds.get(&(activations.layer, expert)).copied())
+        .fold(WeightsHash::default(), WeightsHash::and);
+    Part { holder: holder.clone(), epoch: holding.map_or(Epoch(0), |holder| holder.epoch), weights, slots }
 }
 
 /// Cuts between rows, so that neither the rows of a frame nor a reply with one row per pair is too large a message.
@@ -131,20 +205,30 @@ pub(crate) fn pack(activations: &Activations, slots: &[Slot]) -> (Rows, Vec<Assi
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use cluster::{Holder, Members};
+    use cluster::{Holder, Members, health::Limits};
+    use ids::FrameId;
 
     /// Holders by name, each with the experts of layer 0 that it holds.
     pub(crate) fn table(holders: &[(&str, &[u32])]) -> RoutingTable {
         let mut members = Members::default();
         let mut table = RoutingTable::default();
         for (name, experts) in holders {
-            table = members.join(Holder {
+            let held = |&expert: &u32| ((LayerId(0), ExpertId(expert)), WeightsHash(1 << expert));
+            let holder = Holder {
                 instance: (*name).into(),
                 address: String::new(),
-                holds: BTreeMap::from([(LayerId(0), experts.iter().copied().map(ExpertId).collect())]),
-            });
+                epoch: Epoch(7),
+                holds: experts.iter().map(held).collect(),
+                draining: false,
+            };
+            table = members.join(holder).unwrap();
         }
         table
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "any instant will do")]
+    pub(crate) fn any_instant() -> Instant {
+        Instant::now()
     }
 
     /// Rows of two numbers whose experts are `experts`, two a row.
@@ -162,29 +246,71 @@ pub(crate) mod tests {
         }
     }
 
-    fn check(holders: &[(&str, &[u32])], avoid: &[&str], expected: &[(&str, &[usize])], orphans: &[usize]) {
+    fn check(
+        holders: &[(&str, &[u32])],
+        avoid: &[&str],
+        expected: &[(&str, &[usize], u64)],
+        orphans: &[usize],
+    ) {
         let activations = activations(&[0, 3, 1, 0, 2, 3]);
         let avoid: Vec<InstanceId> = avoid.iter().map(|&name| name.into()).collect();
-        let (parts, lost) = plan(&activations, (0..6).map(Slot), &table(holders), &avoid);
+        let (table, health) = (table(holders), Health::new(Limits::default()));
+        let grounds = Grounds { table: &table, health: &health, now: any_instant(), salt: 0 };
+        let (parts, lost) = plan(&activations, (0..6).map(Slot), &grounds, &avoid);
         let slots = |slots: &[usize]| slots.iter().copied().map(Slot).collect::<Vec<_>>();
         let expected: Vec<Part> = expected
             .iter()
-            .map(|&(holder, list)| Part { holder: holder.into(), slots: slots(list) })
+            .map(|&(holder, list, weights)| Part {
+                holder: holder.into(),
+                epoch: Epoch(7),
+                weights: WeightsHash(weights),
+                slots: slots(list),
+            })
             .collect();
         assert_eq!((parts, lost), (expected, slots(orphans)));
     }
 
     #[test]
     fn every_pair_goes_to_one_holder() {
-        check(&[("a", &[0, 1]), ("b", &[2, 3])], &[], &[("a", &[0, 2, 3]), ("b", &[1, 4, 5])], &[]);
+        check(
+            &[("a", &[0, 1]), ("b", &[2, 3])],
+            &[],
+            &[("a", &[0, 2, 3], 0b11), ("b", &[1, 4, 5], 0b1100)],
+            &[],
+        );
+        // Expert 0 has two pairs, 1 and 2 one each, 3 two: three for each server.
         check(
             &[("a", &[0, 1, 2, 3]), ("b", &[0, 1, 2, 3])],
             &[],
-            &[("a", &[0, 3, 4]), ("b", &[1, 2, 5])],
+            &[("a", &[0, 1, 3, 5], 0b1001), ("b", &[2, 4], 0b110)],
             &[],
         );
-        check(&[("a", &[0, 1, 2, 3]), ("b", &[0, 1, 2, 3])], &["a"], &[("b", &[0, 1, 2, 3, 4, 5])], &[]);
-        check(&[("a", &[0, 1]), ("b", &[2])], &[], &[("a", &[0, 2, 3]), ("b", &[4])], &[1, 5]);
+        check(
+            &[("a", &[0, 1, 2, 3]), ("b", &[0, 1, 2, 3])],
+            &["a"],
+            &[("b", &[0, 1, 2, 3, 4, 5], 0b1111)],
+            &[],
+        );
+        check(&[("a", &[0, 1]), ("b", &[2])], &[], &[("a", &[0, 2, 3], 0b11), ("b", &[4], 0b100)], &[1, 5]);
+    }
+
+    #[test]
+    fn the_server_that_owes_less_is_chosen_and_an_ejected_one_only_in_need() {
+        let activations = activations(&[0, 1]);
+        let now = any_instant();
+        let table = table(&[("a", &[0, 1]), ("b", &[0, 1]), ("c", &[1])]);
+        let mut health = Health::new(Limits::default());
+        table.holders().for_each(|holder| health.join(&holder.instance, now));
+        let holders = |health: &Health, avoid: &[InstanceId]| {
+            let grounds = Grounds { table: &table, health, now, salt: 1 };
+            let (parts, _) = plan(&activations, [Slot(0)], &grounds, avoid);
+            parts.into_iter().map(|part| part.holder.to_string()).collect::<Vec<_>>()
+        };
+        health.sent(&"a".into(), FrameId(1), 1, now);
+        assert_eq!(holders(&health, &[]), ["b"]);
+        health.failed(&"b".into(), FrameId(2), cluster::health::Failure::Wrong, now);
+        assert_eq!(holders(&health, &[]), ["a"]);
+        assert_eq!(holders(&health, &["a".into()]), ["b"]);
     }
 
     #[test]
@@ -201,7 +327,9 @@ pub(crate) mod tests {
     fn large_batches_are_cut_between_rows() {
         let n_rows = 3 * FRAME_BYTES_MAX / 8 / 2;
         let activations = activations(&vec![0; n_rows * 2]);
-        let (parts, _) = plan(&activations, (0..n_rows * 2).map(Slot), &table(&[("a", &[0])]), &[]);
+        let (table, health) = (table(&[("a", &[0])]), Health::new(Limits::default()));
+        let grounds = Grounds { table: &table, health: &health, now: any_instant(), salt: 0 };
+        let (parts, _) = plan(&activations, (0..n_rows * 2).map(Slot), &grounds, &[]);
         assert_eq!(parts.len(), 2);
         assert!(
             parts.iter().all(|part| part.slots.len() % 2 == 0 && part.slots.len() / 2 * 8 <= FRAME_BYTES_MAX)

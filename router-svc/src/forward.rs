@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ids::{ExpertId, LayerId};
+use ids::{ExpertId, LayerId, RowIndex};
 use model::{Backbone, FeedForward, Pages, Span};
 use proto::{
     Error,
@@ -11,7 +11,7 @@ use proto::{
 };
 
 use crate::{
-    args::{Combine, Limits},
+    args::{Combine, Limits, OnMissingExpert},
     combine::{Combined, add, combine},
     dispatch::Activations,
     remote::Remote,
@@ -25,6 +25,8 @@ pub(crate) struct CombineMode {
     /// By layer, for exact combine.
     pub(crate) grids: BTreeMap<LayerId, Grid>,
     pub(crate) dtype: Dtype,
+    /// Experts without a holder are left out by the gate, and the answer says so; otherwise their rows wait.
+    pub(crate) skip_missing: bool,
 }
 
 impl CombineMode {
@@ -34,7 +36,12 @@ impl CombineMode {
             Combine::Exact | Combine::Pairs => frame::Combine::Pairs,
             Combine::Fast => frame::Combine::Fast,
         };
-        Self { mode, grids: BTreeMap::new(), dtype: limits.wire.dtype() }
+        Self {
+            mode,
+            grids: BTreeMap::new(),
+            dtype: limits.wire.dtype(),
+            skip_missing: limits.on_missing_expert == OnMissingExpert::Skip,
+        }
     }
 
     fn of(&self, layer: LayerId) -> frame::Combine {
@@ -90,11 +97,19 @@ pub(crate) fn forward(
         let update = match layer.feed_forward() {
             FeedForward::Dense(mlp) => mlp.apply(&normed),
             FeedForward::Routed(moe) => {
+                let assignments = if mode.skip_missing {
+                    let missing = remote.missing(layer.id(), backbone.config().n_routed_experts);
+                    let (assignments, masked) = moe.gate_without(&normed, &missing);
+                    note_masked(layer.id(), &masked, step);
+                    assignments
+                } else {
+                    moe.gate(&normed) // [rows, topk]
+                };
                 let activations = Activations {
                     layer: layer.id(),
                     hidden_size: backbone.config().hidden_size,
                     dtype: mode.dtype,
-                    assignments: moe.gate(&normed), // [rows, topk]
+                    assignments,
                     normed,
                 };
                 let rows = live_rows(&activations, step, &mut fates);
@@ -134,6 +149,13 @@ fn note_participants(activations: &Activations, step: &mut Step<'_>) {
     for (span, participants) in step.spans.iter().zip(&mut step.participants) {
         let chosen = &activations.assignments.experts[span.rows.start * top_k..span.rows.end * top_k];
         participants.experts.extend(chosen.iter().map(|&expert| (activations.layer, expert)));
+    }
+}
+
+fn note_masked(layer: LayerId, masked: &[(RowIndex, ExpertId)], step: &mut Step<'_>) {
+    for (span, participants) in step.spans.iter().zip(&mut step.participants) {
+        let of_span = masked.iter().filter(|(row, _)| span.rows.contains(&row.index()));
+        participants.masked.extend(of_span.map(|&(_, expert)| (layer, expert)));
     }
 }
 

@@ -1,5 +1,8 @@
 //! One long-lived dispatch stream to one expert server, made again whenever it breaks; and the one writer of the view
 //! that the engine reads.
+//!
+//! The registry says whom to call, the stream says who lives: a server whose stream works is used even when the registry
+//! has lost it, and one that is listed is not used before it has answered.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -8,16 +11,19 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use cluster::{Holder, Members};
-use ids::{ExpertId, InstanceId, LayerId};
+use cluster::{Holder, Member, Members, Membership, State};
+use ids::{Epoch, ExpertId, InstanceId, LayerId, WeightsHash};
 use proto::{
     Code, Error, Reply,
     v1::{self, expert_client::ExpertClient},
 };
 use telemetry::Tasks;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
 
 use crate::{
     engine::Command,
@@ -31,27 +37,31 @@ pub(crate) struct Identity {
     pub(crate) hidden_size: usize,
 }
 
-/// What is known of one address, for `Status`.
+/// What is known of one listed server, for `Status`.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkState {
+    pub(crate) address: String,
     pub(crate) instance: String,
     pub(crate) state: &'static str,
     pub(crate) detail: String,
     pub(crate) n_experts: usize,
+    pub(crate) epoch: Epoch,
 }
 
 /// All links of a router.
 pub(crate) struct Links {
     identity: Identity,
     view: Arc<ArcSwap<View>>,
-    members: Mutex<Membership>,
+    joined: Mutex<Joined>,
+    /// By the registry's key.
+    listed: Mutex<HashMap<String, watch::Sender<Option<Member>>>>,
     states: Mutex<BTreeMap<String, LinkState>>,
     events: std_mpsc::Sender<LinkEvent>,
     commands: std_mpsc::Sender<Command>,
 }
 
 #[derive(Default)]
-struct Membership {
+struct Joined {
     members: Members,
     links: HashMap<InstanceId, mpsc::Sender<v1::Frame>>,
 }
@@ -73,24 +83,58 @@ impl Links {
         Arc::new(Self {
             identity,
             view,
-            members: Mutex::default(),
+            joined: Mutex::default(),
+            listed: Mutex::default(),
             states: Mutex::default(),
             events,
             commands,
         })
     }
 
-    /// Keeps a link to `address` until shutdown.
-    pub(crate) fn keep(self: &Arc<Self>, address: String, tasks: &Tasks) {
-        self.set_state(&address, "connecting", "", None);
-        let (links, stop) = (Arc::clone(self), tasks.clone());
-        tasks.spawn("link", async move {
-            tokio::select! {
-                // Safe to cancel anywhere: the process is ending, and with it every flight.
-                () = stop.shutting_down() => {}
-                () = links.keep_connected(&address) => {}
+    /// Keeps a link to everybody in `membership`, as it changes, until shutdown.
+    pub(crate) fn follow(self: &Arc<Self>, mut membership: watch::Receiver<Arc<Membership>>, tasks: &Tasks) {
+        let (links, tasks_of_links) = (Arc::clone(self), tasks.clone());
+        tasks.spawn("membership", async move {
+            loop {
+                let current = Arc::clone(&membership.borrow_and_update());
+                links.list(&current, &tasks_of_links);
+                tokio::select! {
+                    () = tasks_of_links.shutting_down() => return,
+                    // A static list has no writer: it never changes.
+                    changed = membership.changed() => if changed.is_err() { return },
+                }
             }
         });
+    }
+
+    fn list(self: &Arc<Self>, membership: &Membership, tasks: &Tasks) {
+        let mut listed = lock(&self.listed);
+        for (key, member) in &membership.members {
+            if let Some(known) = listed.get(key) {
+                known.send_if_modified(|known| {
+                    let new = known.as_ref() != Some(member);
+                    *known = Some(member.clone());
+                    new
+                });
+                continue;
+            }
+            let (sender, receiver) = watch::channel(Some(member.clone()));
+            listed.insert(key.clone(), sender);
+            self.set_state(key, &member.address, "connecting", "", None);
+            let (links, stop, key) = (Arc::clone(self), tasks.clone(), key.clone());
+            tasks.spawn("link", async move {
+                tokio::select! {
+                    // Safe to cancel anywhere: the process is ending, and with it every flight.
+                    () = stop.shutting_down() => {}
+                    () = links.keep_connected(&key, receiver) => {}
+                }
+            });
+        }
+        for (key, known) in listed.iter().filter(|(key, _)| !membership.members.contains_key(*key)) {
+            if known.send_if_modified(|known| known.take().is_some()) {
+                tracing::info!(member = %key, "no longer listed");
+            }
+        }
     }
 
     pub(crate) fn states(&self) -> BTreeMap<String, LinkState> {
@@ -101,18 +145,26 @@ impl Links {
         self.view.load_full()
     }
 
-    async fn keep_connected(self: &Arc<Self>, address: &str) {
+    /// Until the member is neither listed nor connected.
+    async fn keep_connected(self: &Arc<Self>, key: &str, mut listed: watch::Receiver<Option<Member>>) {
         let mut pause = RECONNECT_MIN;
         let mut last_warning = String::new();
         loop {
-            let error = match self.connect(address).await {
+            let Some(member) = listed.borrow_and_update().clone() else {
+                if self.forget(key) {
+                    return;
+                }
+                continue;
+            };
+            let address = &member.address;
+            let error = match self.connect(key, &member).await {
                 Ok(connection) => {
                     pause = RECONNECT_MIN;
                     last_warning.clear();
-                    let holder = connection.holder.clone();
-                    tracing::info!(%address, instance = %holder.instance, experts = holder.n_experts(), "expert server joined");
-                    let error = self.serve(address, connection).await;
-                    tracing::warn!(%address, instance = %holder.instance, %error, "expert server left");
+                    let instance = connection.holder.instance.clone();
+                    tracing::info!(%address, %instance, experts = connection.holder.n_experts(), "expert server joined");
+                    let error = self.serve(key, connection, &mut listed).await;
+                    tracing::warn!(%address, %instance, %error, "expert server left");
                     error
                 }
                 Err(error) => {
@@ -125,13 +177,33 @@ impl Links {
                 }
             };
             let state = if error.reason == "refused" { "refused" } else { "connecting" };
-            self.set_state(address, state, &error.message, None);
-            tokio::time::sleep(jittered(pause)).await;
-            pause = (pause * 2).min(RECONNECT_MAX);
+            self.set_state(key, address, state, &error.message, None);
+            tokio::select! {
+                () = tokio::time::sleep(jittered(pause)) => pause = (pause * 2).min(RECONNECT_MAX),
+                // News of it: it may be ready now.
+                _ = listed.changed() => pause = RECONNECT_MIN,
+            }
         }
     }
 
-    async fn connect(&self, address: &str) -> Result<Connection, Error> {
+    /// Forgets an unlisted member; false if it has been listed again.
+    fn forget(&self, key: &str) -> bool {
+        let mut listed = lock(&self.listed);
+        let gone = listed.get(key).is_none_or(|known| known.borrow().is_none());
+        if gone {
+            listed.remove(key);
+            lock(&self.states).remove(key);
+        }
+        gone
+    }
+
+    async fn connect(&self, key: &str, member: &Member) -> Result<Connection, Error> {
+        let address = &member.address;
+        if let Some(record) = &member.record
+            && record.state == State::Loading
+        {
+            return Err(Error::new(Code::Unavailable, "not_ready", format!("{address} is loading")));
+        }
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|error| Error::invalid("registry", format!("{address} is not an address: {error}")))?
             .connect_timeout(CONNECT_TIMEOUT)
@@ -147,18 +219,34 @@ impl Links {
         let mut client = ExpertClient::new(channel)
             .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
+        let holder = self.ask(&mut client, address).await?;
+        if member.record.is_some() && holder.instance.as_str() != key {
+            let message = format!("{address} is now {}", holder.instance);
+            return Err(Error::new(Code::Unavailable, "other_instance", message));
+        }
+        if holder.draining {
+            return Err(Error::new(Code::Unavailable, "not_ready", format!("{address} is draining")));
+        }
+        Ok(Connection { client, holder })
+    }
+
+    async fn ask(&self, client: &mut ExpertClient<Channel>, address: &str) -> Result<Holder, Error> {
         let status = tokio::time::timeout(CONNECT_TIMEOUT, client.status(v1::ExpertStatusRequest {}))
             .await
             .map_err(|_| Error::new(Code::DeadlineExceeded, "status_timeout", "no answer to Status"))?
             .map_err(|status| Error::from_status(&status))?
             .into_inner();
-        let holder = self.identity.check(address, status)?;
-        Ok(Connection { client, holder })
+        self.identity.check(address, status)
     }
 
     /// Carries frames and replies until the stream ends; says why it did.
-    async fn serve(&self, address: &str, connection: Connection) -> Error {
-        let Connection { mut client, holder } = connection;
+    async fn serve(
+        &self,
+        key: &str,
+        connection: Connection,
+        listed: &mut watch::Receiver<Option<Member>>,
+    ) -> Error {
+        let Connection { mut client, mut holder } = connection;
         let (sender, receiver) = mpsc::channel(LINK_FRAMES_MAX);
         let opened =
             tokio::time::timeout(CONNECT_TIMEOUT, client.dispatch(ReceiverStream::new(receiver))).await;
@@ -167,23 +255,36 @@ impl Links {
             Ok(Err(status)) => return Error::from_status(&status),
             Err(_) => return Error::new(Code::DeadlineExceeded, "dispatch_refused", "no answer to Dispatch"),
         };
+        if let Err(error) = self.join(key, holder.clone(), Some(sender)) {
+            return error;
+        }
         let instance = holder.instance.clone();
-        self.set_state(address, "ready", "", Some(&holder));
-        self.join(holder, sender);
+        let mut hears = true;
         let error = loop {
-            match replies.message().await {
-                Ok(Some(reply)) => match Reply::from_wire(reply) {
-                    Ok(reply) => self.tell(LinkEvent::Reply(reply)),
+            tokio::select! {
+                reply = self.next_reply(&mut replies, &instance) => match reply {
+                    Ok(reply) => self.tell(LinkEvent::Reply { instance: instance.clone(), reply }),
                     Err(error) => break error,
                 },
-                Ok(None) => {
-                    break Error::new(
-                        Code::Unavailable,
-                        "stream_ended",
-                        format!("{instance} ended its stream"),
-                    );
+                changed = listed.changed(), if hears => {
+                    hears = changed.is_ok();
+                    let record = listed.borrow_and_update().clone().and_then(|member| member.record);
+                    let Some(record) = record else { continue };
+                    if record.state == State::Draining {
+                        self.drain(key, &instance);
+                    } else if record.holdings.is_some_and(|holdings| holdings.epoch > holder.epoch) {
+                        // The registry says that it holds something else now; what, it says itself. The stream's
+                        // replies wait meanwhile, for as long as its own server takes to say it.
+                        match self.ask(&mut client, &holder.address).await {
+                            Ok(now) => holder = now,
+                            Err(error) => break error,
+                        }
+                        if let Err(error) = self.join(key, holder.clone(), None) {
+                            break error;
+                        }
+                        tracing::info!(%instance, experts = holder.n_experts(), epoch = %holder.epoch, "holdings changed");
+                    }
                 }
-                Err(status) => break Error::from_status(&status),
             }
         };
         self.leave(&instance);
@@ -191,42 +292,84 @@ impl Links {
         error
     }
 
-    fn join(&self, holder: Holder, link: mpsc::Sender<v1::Frame>) {
-        let mut membership = lock(&self.members);
-        membership.links.insert(holder.instance.clone(), link);
-        let table = membership.members.join(holder);
-        self.view.store(Arc::new(View { table, links: membership.links.clone() }));
-        drop(membership);
-        self.wake();
+    /// Cancel safe: a message is taken whole or not at all.
+    async fn next_reply(
+        &self,
+        replies: &mut Streaming<v1::Reply>,
+        instance: &InstanceId,
+    ) -> Result<Reply, Error> {
+        match replies.message().await {
+            // A damaged reply may carry a damaged id: the way it came is not to be trusted, and is made anew.
+            Ok(Some(reply)) => Reply::from_wire(reply),
+            Ok(None) => {
+                Err(Error::new(Code::Unavailable, "stream_ended", format!("{instance} ended its stream")))
+            }
+            Err(status) => Err(Error::from_status(&status)),
+        }
+    }
+
+    /// `link` is None for a server that has one and holds something else now.
+    fn join(&self, key: &str, holder: Holder, link: Option<mpsc::Sender<v1::Frame>>) -> Result<(), Error> {
+        let mut joined = lock(&self.joined);
+        let instance = holder.instance.clone();
+        let table = joined.members.join(holder.clone()).map_err(|error| {
+            tracing::error!(%error, "expert server refused");
+            Error::new(Code::InvalidArgument, "refused", error.to_string())
+        })?;
+        if let Some(link) = link {
+            joined.links.insert(instance, link);
+        }
+        self.set_state(key, &holder.address, "ready", "", Some(&holder));
+        self.publish(&joined, table);
+        Ok(())
+    }
+
+    fn drain(&self, key: &str, instance: &InstanceId) {
+        let mut joined = lock(&self.joined);
+        if let Some(table) = joined.members.drain(instance) {
+            tracing::info!(%instance, "expert server drains");
+            if let Some(holder) = table.holder(instance) {
+                self.set_state(key, &holder.address, "draining", "", Some(holder));
+            }
+            self.publish(&joined, table);
+        }
     }
 
     fn leave(&self, instance: &InstanceId) {
-        let mut membership = lock(&self.members);
-        membership.links.remove(instance);
-        if let Some(table) = membership.members.leave(instance) {
-            self.view.store(Arc::new(View { table, links: membership.links.clone() }));
+        let mut joined = lock(&self.joined);
+        joined.links.remove(instance);
+        if let Some(table) = joined.members.leave(instance) {
+            self.publish(&joined, table);
         }
-        drop(membership);
-        self.wake();
     }
 
-    fn set_state(&self, address: &str, state: &'static str, detail: &str, holder: Option<&Holder>) {
+    fn publish(&self, joined: &Joined, table: cluster::RoutingTable) {
+        self.view.store(Arc::new(View { table, links: joined.links.clone() }));
+        let _engine_gone = self.commands.send(Command::Wake);
+    }
+
+    fn set_state(
+        &self,
+        key: &str,
+        address: &str,
+        state: &'static str,
+        detail: &str,
+        holder: Option<&Holder>,
+    ) {
         let link_state = LinkState {
+            address: address.to_owned(),
             instance: holder.map(|holder| holder.instance.to_string()).unwrap_or_default(),
             state,
             detail: detail.to_owned(),
             n_experts: holder.map_or(0, Holder::n_experts),
+            epoch: holder.map_or(Epoch(0), |holder| holder.epoch),
         };
-        lock(&self.states).insert(address.to_owned(), link_state);
+        lock(&self.states).insert(key.to_owned(), link_state);
     }
 
     /// The engine is gone only when the process is ending.
     fn tell(&self, event: LinkEvent) {
         let _engine_gone = self.events.send(event);
-    }
-
-    fn wake(&self) {
-        let _engine_gone = self.commands.send(Command::Wake);
     }
 }
 
@@ -258,15 +401,30 @@ impl Identity {
                 status.hidden_size, self.hidden_size
             ));
         }
-        if status.state != "ready" {
+        if !matches!(status.state.as_str(), "ready" | "draining") {
             return Err(Error::new(Code::Unavailable, "not_ready", format!("{address} is {}", status.state)));
         }
-        let holds = status
-            .holds
-            .into_iter()
-            .map(|layer| (LayerId(layer.layer), layer.experts.into_iter().map(ExpertId).collect()))
-            .collect();
-        Ok(Holder { instance: status.instance.as_str().into(), address: address.to_owned(), holds })
+        let mut holds = BTreeMap::new();
+        for layer in status.holds {
+            if layer.weights.len() != layer.experts.len() {
+                return refuse(format!(
+                    "{address} names {} experts of layer {} and {} hashes of weights",
+                    layer.experts.len(),
+                    layer.layer,
+                    layer.weights.len()
+                ));
+            }
+            let experts =
+                layer.experts.into_iter().map(ExpertId).zip(layer.weights.into_iter().map(WeightsHash));
+            holds.extend(experts.map(|(expert, weights)| ((LayerId(layer.layer), expert), weights)));
+        }
+        Ok(Holder {
+            instance: status.instance.as_str().into(),
+            address: address.to_owned(),
+            epoch: Epoch(status.epoch),
+            holds,
+            draining: status.state == "draining",
+        })
     }
 }
 
@@ -300,7 +458,7 @@ mod tests {
             wire_version: proto::WIRE_VERSION,
             checkpoint: "abc".into(),
             hidden_size: 64,
-            holds: vec![v1::LayerExperts { layer: 1, experts: vec![0, 1] }],
+            holds: vec![v1::LayerExperts { layer: 1, experts: vec![0, 1], weights: vec![7, 8] }],
             state: "ready".into(),
             ..v1::ExpertStatus::default()
         };
@@ -315,9 +473,13 @@ mod tests {
     #[test]
     fn a_server_of_another_kind_is_refused_with_both_sides_named() {
         check(|_| {}, Ok(2));
-        check(|status| status.wire_version = 9, Err("host:1 speaks wire version 9, this router 1"));
+        check(|status| status.wire_version = 9, Err("host:1 speaks wire version 9, this router 2"));
         check(|status| status.checkpoint = "x".into(), Err("host:1 serves checkpoint x, this router abc"));
         check(|status| status.hidden_size = 32, Err("host:1 has hidden_size 32, this router 64"));
-        check(|status| status.state = "draining".into(), Err("host:1 is draining"));
+        check(|status| status.state = "loading".into(), Err("host:1 is loading"));
+        check(
+            |status| status.holds[0].weights.truncate(1),
+            Err("host:1 names 2 experts of layer 1 and 1 hashes of weights"),
+        );
     }
 }

@@ -8,14 +8,14 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use cluster::RoutingTable;
-use ids::InstanceId;
+use cluster::{Health, RoutingTable, health};
+use ids::{ExpertId, InstanceId, LayerId, Version};
 use proto::{Code, Error, Reply, frame::Combine, v1};
 use tokio::sync::mpsc::{Sender, error::TrySendError};
 
 use crate::{
     dispatch::Activations,
-    flight::{Flight, FrameIds, Landed, Order, Surroundings},
+    flight::{Counts, Flight, FrameIds, Landed, Order, Surroundings, note_late},
 };
 
 /// Frames that may wait on one link. A layer orders one frame a server, a few for long batches; a link that is this
@@ -32,7 +32,10 @@ pub(crate) struct View {
 /// What links tell the engine. The channel is unbounded; frames in flight bound it.
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
-    Reply(Reply),
+    Reply {
+        instance: InstanceId,
+        reply: Reply,
+    },
     /// The stream to this instance ended; sent after the view without it is in place.
     Broken {
         instance: InstanceId,
@@ -43,9 +46,12 @@ pub(crate) enum LinkEvent {
 pub(crate) struct Remote {
     view: Arc<ArcSwap<View>>,
     events: mpsc::Receiver<LinkEvent>,
+    health: Health,
+    /// Of the table that `health` follows.
+    followed: Version,
     ids: FrameIds,
+    counts: Counts,
     dispatch_timeout: Duration,
-    n_stale_replies: u64,
 }
 
 impl Remote {
@@ -53,12 +59,45 @@ impl Remote {
         view: Arc<ArcSwap<View>>,
         events: mpsc::Receiver<LinkEvent>,
         dispatch_timeout: Duration,
+        limits: health::Limits,
     ) -> Self {
-        Self { view, events, ids: FrameIds::default(), dispatch_timeout, n_stale_replies: 0 }
+        Self {
+            view,
+            events,
+            health: Health::new(limits),
+            followed: Version(0),
+            ids: FrameIds::default(),
+            counts: Counts::default(),
+            dispatch_timeout,
+        }
     }
 
     pub(crate) fn view(&self) -> Arc<View> {
         self.view.load_full()
+    }
+
+    /// The experts of `layer` that nobody holds, of `n_experts`.
+    pub(crate) fn missing(&self, layer: LayerId, n_experts: usize) -> Vec<ExpertId> {
+        self.view.load().table.missing_of(layer, n_experts)
+    }
+
+    /// Runs `decide` with the table and the time of the moment.
+    fn decide<T>(&mut self, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
+        let view = self.view();
+        let now = now();
+        if self.followed != view.table.version() {
+            self.followed = view.table.version();
+            let instances = view.table.holders().map(|holder| &holder.instance);
+            self.health.follow(instances, now);
+        }
+        decide(&mut Surroundings {
+            table: &view.table,
+            health: &mut self.health,
+            ids: &mut self.ids,
+            counts: &mut self.counts,
+            now,
+            dispatch_timeout: self.dispatch_timeout,
+        })
     }
 
     /// Sends the frames of one layer.
@@ -68,48 +107,63 @@ impl Remote {
         rows: impl IntoIterator<Item = usize>,
         combine: Combine,
     ) -> Flight {
-        // Whatever arrives between layers belongs to a flight that has landed. Breaks among it are in the view already.
+        // Whatever arrives between layers belongs to a flight that has landed.
         while let Ok(event) = self.events.try_recv() {
-            self.n_stale_replies += u64::from(matches!(event, LinkEvent::Reply(_)));
+            match event {
+                LinkEvent::Reply { instance, reply } => {
+                    self.decide(|around| note_late(&instance, &reply, around));
+                }
+                LinkEvent::Broken { instance, .. } => self.health.leave(&instance),
+            }
         }
-        let view = self.view();
-        let mut around = Surroundings { table: &view.table, ids: &mut self.ids };
-        let (mut flight, orders) = Flight::launch(activations, rows, combine, &mut around);
+        let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
         self.send(&mut flight, orders);
         flight
     }
 
     /// Waits until every row is home or lost.
     pub(crate) fn land(&mut self, mut flight: Flight) -> Landed {
-        let mut deadline = now() + self.dispatch_timeout;
         while !flight.is_home() {
-            let event = self.events.recv_timeout(deadline.saturating_duration_since(now()));
-            let view = self.view();
-            let mut around = Surroundings { table: &view.table, ids: &mut self.ids };
-            let orders = match event {
-                Ok(LinkEvent::Reply(reply)) => flight.accept(reply, &mut around).unwrap_or_else(|| {
-                    self.n_stale_replies += 1;
-                    Vec::new()
-                }),
+            let wake_at = [flight.next_tick(), self.health.next_tick()].into_iter().flatten().min();
+            let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(now()));
+            let orders = match self.events.recv_timeout(wait) {
+                Ok(LinkEvent::Reply { instance, reply }) => self.accept(&mut flight, &instance, reply),
                 Ok(LinkEvent::Broken { instance, error }) => {
-                    flight.lose_holder(&instance, error, &mut around)
+                    let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
+                    self.health.leave(&instance);
+                    orders
                 }
-                Err(mpsc::RecvTimeoutError::Timeout) => {
-                    deadline = now() + self.dispatch_timeout;
-                    flight.expire(&mut around)
-                }
+                Err(mpsc::RecvTimeoutError::Timeout) => Vec::new(),
                 // The links are gone: the process is ending. What is outstanding counts as lost.
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             };
             self.send(&mut flight, orders);
+            if wake_at.is_some_and(|at| at <= now()) {
+                let orders = self.decide(|around| tick(&mut flight, around));
+                self.send(&mut flight, orders);
+            }
         }
         flight.land()
     }
 
+    fn accept(&mut self, flight: &mut Flight, instance: &InstanceId, reply: Reply) -> Vec<Order> {
+        self.decide(|around| {
+            let damaged = matches!(&reply.outcome, Err(error) if &*error.reason == "checksum_mismatch");
+            match flight.accept(instance, reply, around) {
+                Some(orders) => orders,
+                // The id, too, may be what was damaged: no frame on that way can be trusted to have arrived.
+                None if damaged => {
+                    let error = Error::new(Code::Unavailable, "checksum_mismatch", "a frame arrived damaged");
+                    flight.lose_holder(instance, &error, around)
+                }
+                None => Vec::new(),
+            }
+        })
+    }
+
     fn send(&mut self, flight: &mut Flight, orders: Vec<Order>) {
         let mut orders = VecDeque::from(orders);
-        while let Some(Order { holder, mut frame }) = orders.pop_front() {
-            frame.timeout = Some(self.dispatch_timeout);
+        while let Some(Order { holder, frame }) = orders.pop_front() {
             let view = self.view();
             let why = match view.links.get(&holder).map(Sender::try_reserve) {
                 Some(Ok(place)) => {
@@ -122,15 +176,29 @@ impl Remote {
                 Some(Err(TrySendError::Closed(()))) | None => format!("the link to {holder} is down"),
             };
             let error = Error::new(Code::Unavailable, "link_down", why);
-            let mut around = Surroundings { table: &view.table, ids: &mut self.ids };
-            orders.extend(flight.lose_holder(&holder, error, &mut around));
+            let more = self.decide(|around| flight.lose_holder(&holder, &error, around));
             orders.retain(|order| order.holder != holder);
+            orders.extend(more);
         }
     }
 
-    pub(crate) const fn n_stale_replies(&self) -> u64 {
-        self.n_stale_replies
+    pub(crate) const fn counts(&self) -> &Counts {
+        &self.counts
     }
+
+    pub(crate) const fn health(&self) -> &Health {
+        &self.health
+    }
+}
+
+fn tick(flight: &mut Flight, around: &mut Surroundings<'_>) -> Vec<Order> {
+    let mut orders = Vec::new();
+    for instance in around.health.tick(around.now) {
+        tracing::warn!(%instance, "expert server is silent: ejected");
+        orders.extend(flight.hurry(&instance, around));
+    }
+    orders.extend(flight.tick(around));
+    orders
 }
 
 #[expect(clippy::disallowed_methods, reason = "waiting for the network is an edge")]

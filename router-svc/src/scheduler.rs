@@ -198,7 +198,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        args::{Combine, Wire},
+        args::{Combine, OnMissingExpert, Wire},
         dispatch::tests::table,
         sampling::{Drawn, Sampling},
         sequence::Request,
@@ -218,6 +218,7 @@ mod tests {
             queue_max: 8,
             expert_wait: Duration::from_secs(10),
             dispatch_timeout: Duration::from_secs(10),
+            on_missing_expert: OnMissingExpert::Wait,
         }
     }
 
@@ -242,6 +243,7 @@ mod tests {
             let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 };
             let request = Request {
                 id: String::new(),
+                emitted: Vec::new(),
                 prompt: vec![1; n_prompt],
                 tokens_max: 50,
                 tokens_min: 0,
@@ -338,7 +340,7 @@ mod tests {
         park(&mut bench, expert);
         assert!(bench.step(10).is_empty());
         assert_eq!(bench.scheduler.pages_in_use(), 0);
-        assert!(matches!(events.try_recv(), Ok(Event::Token(_))));
+        assert!(matches!(events.try_recv(), Ok(Event::Token { .. })));
         let Ok(Event::Failed(error)) = events.try_recv() else { panic!("it waits for ever") };
         assert_eq!(error.message, format!("no live server answers for layer 0: expert {expert}"));
         assert!(events.try_recv().is_err());

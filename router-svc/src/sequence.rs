@@ -18,6 +18,8 @@ pub(crate) struct Request {
     pub(crate) id: String,
     /// At least one token, each below the vocabulary's size.
     pub(crate) prompt: Vec<u32>,
+    /// What another router has emitted already: the answer goes on after it.
+    pub(crate) emitted: Vec<u32>,
     /// At least 1.
     pub(crate) tokens_max: usize,
     /// Stop ids are not drawn before so many tokens.
@@ -41,7 +43,11 @@ pub(crate) enum Finish {
 /// token and one for the end.
 #[derive(Debug)]
 pub(crate) enum Event {
-    Token(Drawn),
+    Token {
+        drawn: Drawn,
+        /// Experts were left out for it or for what came before.
+        degraded: bool,
+    },
     /// Logits `[positions, vocab]` of the prompt from `first_position` on.
     PromptLogits {
         first_position: usize,
@@ -60,6 +66,7 @@ pub(crate) struct Usage {
     pub(crate) completion_tokens: usize,
     pub(crate) experts: usize,
     pub(crate) servers: usize,
+    pub(crate) experts_masked: usize,
 }
 
 /// Who worked on a sequence.
@@ -67,6 +74,8 @@ pub(crate) struct Usage {
 pub(crate) struct Participants {
     pub(crate) experts: HashSet<(LayerId, ExpertId)>,
     pub(crate) servers: BTreeSet<InstanceId>,
+    /// Experts that nobody held and that the gate left out: the answer is degraded.
+    pub(crate) masked: HashSet<(LayerId, ExpertId)>,
 }
 
 /// A sequence that waits for experts nobody holds.
@@ -98,7 +107,7 @@ pub(crate) struct Sequence {
 impl Sequence {
     pub(crate) fn new(request: Request, out: UnboundedSender<Event>, now: Instant) -> Self {
         Self {
-            tokens: request.prompt.clone(),
+            tokens: [request.prompt.as_slice(), &request.emitted].concat(),
             request,
             out,
             n_computed: 0,
@@ -136,10 +145,15 @@ impl Sequence {
 
     /// Adds a drawn token and tells the caller. Some: it was the last.
     pub(crate) fn push(&mut self, drawn: Drawn) -> Option<Finish> {
-        let id = drawn.id;
-        self.tokens.push(id);
-        self.send(Event::Token(drawn));
-        if self.request.stop_ids.contains(&id) {
+        self.tokens.push(drawn.id);
+        self.send(Event::Token { drawn, degraded: self.is_degraded() });
+        self.end()
+    }
+
+    /// Why the sequence ends with the tokens it has, if it does.
+    pub(crate) fn end(&self) -> Option<Finish> {
+        let last = self.tokens.last().filter(|_| self.n_generated() > 0)?;
+        if self.request.stop_ids.contains(last) {
             Some(Finish::Stop)
         } else if self.n_generated() >= self.request.tokens_max {
             Some(Finish::Length)
@@ -148,12 +162,17 @@ impl Sequence {
         }
     }
 
+    fn is_degraded(&self) -> bool {
+        !self.participants.masked.is_empty()
+    }
+
     pub(crate) fn finish(&self, finish: Finish) {
         let usage = Usage {
             prompt_tokens: self.request.prompt.len(),
             completion_tokens: self.n_generated(),
             experts: self.participants.experts.len(),
             servers: self.participants.servers.len(),
+            experts_masked: self.participants.masked.len(),
         };
         self.send(Event::Finished { finish, usage });
     }

@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
+use cluster::{Role, Session};
 use model::{Backbone, Checkpoint};
 use proto::v1::{self, router_server::RouterServer};
 use telemetry::Tasks;
@@ -48,7 +49,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let (events, replies) = mpsc::channel();
     let view = Arc::new(ArcSwap::from_pointee(View::default()));
     let stats = Arc::new(Stats::default());
-    let remote = Remote::new(Arc::clone(&view), replies, limits.dispatch_timeout);
+    let remote = Remote::new(Arc::clone(&view), replies, limits.dispatch_timeout, args.health());
     let engine = Engine::new(Arc::new(backbone), &limits, remote, Arc::clone(&stats));
     let engine = std::thread::Builder::new()
         .name("engine".into())
@@ -60,9 +61,8 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let links = Links::new(identity, view, events, commands.clone());
     // Links outlive the drain: running requests need their experts until the end.
     let link_tasks = Tasks::new();
-    for address in args.registry.addresses() {
-        links.keep(address.clone(), &link_tasks);
-    }
+    let session = Session::open(&args.registry, &link_tasks).context("cannot use --registry")?;
+    links.follow(session.members(Role::Expert), &link_tasks);
 
     let api = Api {
         instance: instance.clone(),

@@ -55,6 +55,8 @@ pub enum Failure {
     Transient,
     /// The server computes wrongly: it is ejected at once.
     Wrong,
+    /// It was asked for what it does not have: no fault of its.
+    Excused,
 }
 
 /// All servers of one router.
@@ -91,9 +93,13 @@ struct Owed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     In,
-    Ejected { until: Instant },
+    Ejected {
+        until: Instant,
+    },
     /// One frame is on its way to find out.
-    Probing { probe: FrameId },
+    Probing {
+        probe: FrameId,
+    },
 }
 
 /// What is known of one server.
@@ -189,7 +195,11 @@ impl Health {
         let failures_max = self.limits.failures_max;
         let Some(server) = self.servers.get_mut(instance) else { return false };
         server.owed.remove(&frame);
-        server.failures_in_a_row += 1;
+        if failure == Failure::Excused {
+            server.answered_at = now;
+        } else {
+            server.failures_in_a_row += 1;
+        }
         match server.state {
             State::Probing { probe } if probe == frame => self.eject(instance, now),
             State::Ejected { .. } | State::Probing { .. } => false,
@@ -231,8 +241,11 @@ impl Health {
     }
 
     fn eject(&mut self, instance: &InstanceId, now: Instant) -> bool {
-        let n_out =
-            self.servers.iter().filter(|(other, server)| *other != instance && server.state != State::In).count();
+        let n_out = self
+            .servers
+            .iter()
+            .filter(|(other, server)| *other != instance && server.state != State::In)
+            .count();
         let out_max = ((self.servers.len() as f32 * self.limits.eject_share) as usize).max(1);
         let Some(server) = self.servers.get_mut(instance) else { return false };
         if n_out >= out_max {

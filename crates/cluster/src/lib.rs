@@ -12,6 +12,7 @@
 
 pub mod health;
 pub mod holds;
+pub mod placement;
 pub mod record;
 pub mod registry;
 pub mod session;

@@ -79,6 +79,9 @@ pub struct Holdings {
     pub bytes: u64,
     /// Most bytes of experts that it may be asked to hold.
     pub memory_bytes_max: u64,
+    /// Of one expert of one layer: the largest.
+    #[serde(default)]
+    pub expert_bytes: u64,
     /// The placement applied last; 0: none yet.
     #[serde(default, serialize_with = "write_version", deserialize_with = "read_version")]
     pub placement: Version,

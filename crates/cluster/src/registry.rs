@@ -6,7 +6,9 @@ pub mod etcd;
 /// A registry that cannot be used as it is written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    #[error("registry {0:?} has no known scheme; use static://host:port,host:port or etcd://host:2379/prefix")]
+    #[error(
+        "registry {0:?} has no known scheme; use static://host:port,host:port or etcd://host:2379/prefix"
+    )]
     Scheme(String),
     #[error("registry {0:?} names no address")]
     Empty(String),

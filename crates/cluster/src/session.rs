@@ -90,7 +90,8 @@ impl Session {
     pub fn members(&self, role: Role) -> watch::Receiver<Arc<Membership>> {
         match &self.0 {
             Kind::Static(addresses) => {
-                let member = |address: &String| (address.clone(), Member { address: address.clone(), record: None });
+                let member =
+                    |address: &String| (address.clone(), Member { address: address.clone(), record: None });
                 let members = addresses.iter().map(member).collect();
                 // The sender is gone: nothing will ever change.
                 watch::channel(Arc::new(Membership { revision: 1, members })).1

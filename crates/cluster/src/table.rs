@@ -71,7 +71,7 @@ impl RoutingTable {
         self.version
     }
 
-    pub fn holders(&self) -> impl Iterator<Item = &Holder> {
+    pub fn holders(&self) -> impl Iterator<Item = &Holder> + Clone {
         self.holders.values()
     }
 
@@ -86,6 +86,15 @@ impl RoutingTable {
         self.holders_of.get(&(layer, expert)).map_or(&[], Vec::as_slice)
     }
 
+    /// The experts of `layer` without a live holder, of `n_experts`.
+    #[must_use]
+    pub fn missing_of(&self, layer: LayerId, n_experts: usize) -> Vec<ExpertId> {
+        (0..n_experts)
+            .filter_map(|expert| u32::try_from(expert).ok().map(ExpertId))
+            .filter(|&expert| self.holders_of(layer, expert).is_empty())
+            .collect()
+    }
+
     /// The experts without a live holder, of `n_experts` in each of `layers`.
     pub fn missing(
         &self,
@@ -94,10 +103,7 @@ impl RoutingTable {
     ) -> BTreeMap<LayerId, Vec<ExpertId>> {
         let mut missing = BTreeMap::new();
         for layer in layers {
-            let orphans: Vec<ExpertId> = (0..n_experts)
-                .filter_map(|expert| u32::try_from(expert).ok().map(ExpertId))
-                .filter(|&expert| self.holders_of(layer, expert).is_empty())
-                .collect();
+            let orphans = self.missing_of(layer, n_experts);
             if !orphans.is_empty() {
                 missing.insert(layer, orphans);
             }

@@ -1,6 +1,6 @@
 //! hidden → [`Assignments`]: softmax, sigmoid with correction bias, group-limited.
 
-use ids::ExpertId;
+use ids::{ExpertId, RowIndex};
 
 use crate::{
     Error,
@@ -44,27 +44,74 @@ impl Gate {
 
     /// `[rows, hidden]` → `[rows, topk]`
     pub(crate) fn apply(&self, normed: &[f32]) -> Assignments {
+        self.apply_without(normed, &[]).0
+    }
+
+    /// As if `missing` did not exist; and which of them the rows would have chosen. A row that cannot be given top-k
+    /// others keeps its choice.
+    pub(crate) fn apply_without(
+        &self,
+        normed: &[f32],
+        missing: &[ExpertId],
+    ) -> (Assignments, Vec<(RowIndex, ExpertId)>) {
         let logits = self.weight.apply(normed, None); // [rows, experts]
+        let bias = &self.e_score_correction_bias;
         let mut assignments = Assignments { top_k: self.top_k, experts: Vec::new(), weights: Vec::new() };
-        for logits in logits.chunks_exact(self.e_score_correction_bias.len()) {
-            for (expert, weight) in choose(logits, &self.e_score_correction_bias, &self.config, self.top_k) {
+        let mut masked = Vec::new();
+        for (row, logits) in logits.chunks_exact(bias.len()).enumerate() {
+            let mut chosen = choose(logits, bias, &self.config, self.top_k, &[]);
+            let wanted: Vec<ExpertId> = chosen
+                .iter()
+                .map(|&(expert, _)| ExpertId(expert as u32))
+                .filter(|expert| missing.contains(expert))
+                .collect();
+            if !wanted.is_empty()
+                && let Some(others) = choose_without(logits, bias, &self.config, self.top_k, missing)
+            {
+                chosen = others;
+                masked.extend(wanted.into_iter().map(|expert| (RowIndex(row as u32), expert)));
+            }
+            for (expert, weight) in chosen {
                 assignments.experts.push(ExpertId(expert as u32));
                 assignments.weights.push(weight);
             }
         }
-        assignments
+        (assignments, masked)
     }
 }
 
-/// One row's experts and weights. Selection scores choose (with bias, outside the best groups -inf), the scores
-/// themselves weigh. Among equals the lowest expert goes first.
-fn choose(logits: &[f32], bias: &[f32], config: &config::Gate, top_k: usize) -> Vec<(usize, f32)> {
+/// [`choose`] among the others, from any group if the best ones have too few; None if there are fewer than `top_k`.
+fn choose_without(
+    logits: &[f32],
+    bias: &[f32],
+    config: &config::Gate,
+    top_k: usize,
+    missing: &[ExpertId],
+) -> Option<Vec<(usize, f32)>> {
+    let of_any_group = config::Gate { topk_group: config.n_group, ..*config };
+    [config, &of_any_group].into_iter().map(|config| choose(logits, bias, config, top_k, missing)).find(
+        |chosen| chosen.iter().all(|&(expert, _)| missing.iter().all(|missing| missing.index() != expert)),
+    )
+}
+
+/// One row's experts and weights. Selection scores choose (with bias; outside the best groups and `missing` -inf), the
+/// scores themselves weigh. Among equals the lowest expert goes first.
+fn choose(
+    logits: &[f32],
+    bias: &[f32],
+    config: &config::Gate,
+    top_k: usize,
+    missing: &[ExpertId],
+) -> Vec<(usize, f32)> {
     let mut scores = logits.to_vec();
     match config.scoring {
         Scoring::Softmax => softmax(&mut scores),
         Scoring::Sigmoid => scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
     }
     let mut selection: Vec<f32> = scores.iter().zip(bias).map(|(score, bias)| score + bias).collect();
+    for expert in missing {
+        selection[expert.index()] = f32::NEG_INFINITY;
+    }
     if config.topk_group < config.n_group {
         let group_size = selection.len() / config.n_group;
         let group_scores: Vec<f32> =
@@ -106,13 +153,34 @@ mod tests {
     use super::*;
 
     fn check(logits: &[f32], bias: &[f32], gate: config::Gate, expected: &[(usize, f32)]) {
-        let chosen = choose(logits, bias, &gate, expected.len());
+        let chosen = choose(logits, bias, &gate, expected.len(), &[]);
         for ((expert, weight), (wanted, wanted_weight)) in chosen.iter().zip(expected) {
             assert!(
                 expert == wanted && (weight - wanted_weight).abs() < 1e-6,
                 "{chosen:?}, wanted {expected:?}"
             );
         }
+    }
+
+    #[test]
+    fn missing_experts_are_left_out_and_the_others_renormalized() {
+        let grouped = config::Gate { n_group: 2, topk_group: 1, ..SIGMOID };
+        let check = |config: &config::Gate, missing: &[u32], expected: Option<&[usize]>| {
+            let missing: Vec<ExpertId> = missing.iter().copied().map(ExpertId).collect();
+            let chosen = choose_without(&[0.0, 1.0, 3.0, 2.0], &[0.0; 4], config, 2, &missing);
+            let total: f32 = chosen.iter().flatten().map(|(_, weight)| weight).sum();
+            assert!(chosen.is_none() || (total - 1.0).abs() < 1e-6);
+            let experts =
+                chosen.map(|chosen| chosen.into_iter().map(|(expert, _)| expert).collect::<Vec<_>>());
+            assert_eq!(experts.as_deref(), expected);
+        };
+        check(&SIGMOID, &[2], Some(&[3, 1]));
+        check(&SIGMOID, &[2, 3], Some(&[1, 0]));
+        check(&SIGMOID, &[1, 2, 3], None);
+        check(&grouped, &[0], Some(&[2, 3]));
+        check(&grouped, &[2], Some(&[1, 0]));
+        // No group has two left: any will do.
+        check(&grouped, &[2, 0], Some(&[3, 1]));
     }
 
     const SIGMOID: config::Gate = config::Gate {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ids::LayerId;
+use ids::{ExpertId, LayerId, RowIndex};
 
 use crate::{
     Assignments, Error, Pages, Span,
@@ -141,6 +141,17 @@ impl Moe {
     #[must_use]
     pub fn gate(&self, normed: &[f32]) -> Assignments {
         self.gate.apply(normed)
+    }
+
+    /// The gate as if `missing` did not exist, and which of them the rows would have chosen. A row that cannot be given
+    /// top-k others keeps its choice.
+    #[must_use]
+    pub fn gate_without(
+        &self,
+        normed: &[f32],
+        missing: &[ExpertId],
+    ) -> (Assignments, Vec<(RowIndex, ExpertId)>) {
+        self.gate.apply_without(normed, missing)
     }
 
     /// The shared experts' sum `[rows, hidden]`; zeros where the model has none.

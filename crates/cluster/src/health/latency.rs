@@ -61,7 +61,8 @@ impl Latencies {
         let known = |size: &Size| size.recent.len() >= NEEDED;
         let exact_or_smaller = (0..=wanted).rev().find(|&at| known(&self.sizes[at]));
         let scaled = |at: usize| percentile(&self.sizes[at]) * (1_u32 << (wanted - at).min(16));
-        let larger = || (wanted..SIZES).find(|&at| known(&self.sizes[at])).map(|at| percentile(&self.sizes[at]));
+        let larger =
+            || (wanted..SIZES).find(|&at| known(&self.sizes[at])).map(|at| percentile(&self.sizes[at]));
         exact_or_smaller.map(scaled).or_else(larger)
     }
 }
