@@ -11,8 +11,9 @@ use std::{
     time::Instant,
 };
 
+use cluster::{RoutingTable, State};
 use futures_util::{Stream, StreamExt as _, stream};
-use ids::InstanceId;
+use ids::{ExpertId, InstanceId};
 use model::ModelConfig;
 use proto::{
     Code, Error,
@@ -28,6 +29,7 @@ use crate::{
     args::{Combine, Limits, Wire},
     engine::Command,
     link::Links,
+    placer::PlacerState,
     sampling::{Drawn, Sampling, TOP_LOGPROBS_MAX},
     sequence::{self, Event, Finish, Sequence},
     stats::Stats,
@@ -42,6 +44,8 @@ pub(crate) struct Api {
     pub(crate) config: ModelConfig,
     pub(crate) limits: Limits,
     pub(crate) stats: Arc<Stats>,
+    pub(crate) placer: Arc<PlacerState>,
+    pub(crate) replicas: usize,
     pub(crate) links: Arc<Links>,
     pub(crate) commands: std_mpsc::Sender<Command>,
     pub(crate) open_streams: Arc<AtomicUsize>,
@@ -144,6 +148,13 @@ impl Api {
         })
     }
 
+    /// (layer, expert) pairs with fewer holders than wanted.
+    fn under_replicated(&self, table: &RoutingTable) -> u32 {
+        let experts = || (0..self.config.n_routed_experts as u32).map(ExpertId);
+        let pairs = self.config.moe_layers().flat_map(|layer| experts().map(move |expert| (layer, expert)));
+        pairs.filter(|&(layer, expert)| table.holders_of(layer, expert).len() < self.replicas).count() as u32
+    }
+
     fn report(&self, now: Instant) -> v1::RouterStatus {
         let view = self.links.view();
         let missing = view.table.missing(self.config.moe_layers(), self.config.n_routed_experts);
@@ -202,6 +213,17 @@ impl Api {
             failovers: dispatch.failovers,
             ejections: dispatch.ejections,
             failures: dispatch.counts.failures.into_iter().collect(),
+            state: match (self.tasks.is_shutting_down(), ready) {
+                (true, _) => State::Draining,
+                (false, true) => State::Ready,
+                (false, false) => State::Loading,
+            }
+            .as_str()
+            .to_owned(),
+            leader: self.placer.leads(),
+            placement: self.placer.version(),
+            under_replicated: self.under_replicated(&view.table),
+            sequences_degraded: self.stats.sequences_degraded.load(Relaxed),
             combine: match self.limits.combine {
                 Combine::Exact => "exact",
                 Combine::Pairs => "pairs",

@@ -278,11 +278,11 @@ pub(crate) mod tests {
             &[("a", &[0, 2, 3], 0b11), ("b", &[1, 4, 5], 0b1100)],
             &[],
         );
-        // Expert 0 has two pairs, 1 and 2 one each, 3 two: three for each server.
+        // Expert 0 (two pairs) goes to a, 1 and 2 (one each) to b; for 3 both are equal.
         check(
             &[("a", &[0, 1, 2, 3]), ("b", &[0, 1, 2, 3])],
             &[],
-            &[("a", &[0, 1, 3, 5], 0b1001), ("b", &[2, 4], 0b110)],
+            &[("a", &[0, 3], 0b1), ("b", &[1, 2, 4, 5], 0b1110)],
             &[],
         );
         check(

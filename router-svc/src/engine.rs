@@ -214,6 +214,9 @@ impl Engine {
                 self.stats.count_token();
                 if let Some(finish) = sequence.push(drawn) {
                     sequence.finish(finish);
+                    if sequence.is_degraded() {
+                        self.stats.count_degraded();
+                    }
                     finished.push(wanted.sequence);
                 }
             }

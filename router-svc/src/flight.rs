@@ -620,4 +620,4 @@ fn kind(error: &Error) -> Failure {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -14,11 +14,14 @@ mod engine;
 mod flight;
 mod forward;
 mod link;
+mod placer;
 mod remote;
 mod sampling;
 mod scheduler;
 mod sequence;
 mod service;
+#[cfg(test)]
+mod sim;
 mod stats;
 
 pub use args::{Args, Combine, Wire};

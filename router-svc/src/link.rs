@@ -5,7 +5,7 @@
 //! has lost it, and one that is listed is not used before it has answered.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc},
     time::Duration,
 };
@@ -139,6 +139,11 @@ impl Links {
 
     pub(crate) fn states(&self) -> BTreeMap<String, LinkState> {
         lock(&self.states).clone()
+    }
+
+    /// Those that can be sent frames now.
+    pub(crate) fn joined(&self) -> BTreeSet<InstanceId> {
+        lock(&self.joined).links.keys().cloned().collect()
     }
 
     pub(crate) fn view(&self) -> Arc<View> {

@@ -162,7 +162,7 @@ impl Sequence {
         }
     }
 
-    fn is_degraded(&self) -> bool {
+    pub(crate) fn is_degraded(&self) -> bool {
         !self.participants.masked.is_empty()
     }
 

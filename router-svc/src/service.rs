@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use cluster::{Role, Session};
+use cluster::{Record, Role, Session, State, placement::Goal};
+use ids::InstanceId;
 use model::{Backbone, Checkpoint};
 use proto::v1::{self, router_server::RouterServer};
 use telemetry::Tasks;
@@ -19,6 +20,7 @@ use crate::{
     args::Args,
     engine::{Command, Engine},
     link::{Identity, Links},
+    placer::Placer,
     remote::{Remote, View},
     stats::Stats,
 };
@@ -43,7 +45,9 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     .with_context(|| format!("cannot load checkpoint {}", args.model.display()))?;
     let limits = args.limits(backbone.config())?;
     let config = backbone.config().clone();
-    let instance = format!("router-{}", uuid::Uuid::new_v4().simple());
+    let instance = InstanceId::from(format!("router-{}", uuid::Uuid::new_v4().simple()).as_str());
+    let advertised = cluster::advertised(args.advertise.as_deref(), address, &args.registry)
+        .context("cannot register this router")?;
 
     let (commands, inbox) = mpsc::channel();
     let (events, replies) = mpsc::channel();
@@ -64,8 +68,34 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let session = Session::open(&args.registry, &link_tasks).context("cannot use --registry")?;
     links.follow(session.members(Role::Expert), &link_tasks);
 
-    let api = Api {
+    let goal = Goal {
+        layers: config.moe_layers().collect(),
+        n_experts: config.n_routed_experts,
+        replicas: args.replicas.get(),
+    };
+    let placer = Placer::start(
+        instance.clone(),
+        checkpoint.fingerprint().to_owned(),
+        goal.clone(),
+        session.clone(),
+        Arc::clone(&links),
+        &link_tasks,
+    );
+    let record = |state: State| Record {
         instance: instance.clone(),
+        address: advertised.clone(),
+        state,
+        checkpoint: checkpoint.fingerprint().to_owned(),
+        wire_version: proto::WIRE_VERSION,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        holdings: None,
+    };
+    let announcement = session.announce(Role::Router, record(State::Ready));
+
+    let api = Api {
+        instance: instance.to_string(),
+        placer,
+        replicas: goal.replicas,
         checkpoint: checkpoint.fingerprint().to_owned(),
         config,
         limits,
@@ -80,6 +110,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let served = serve(listener, api, &tasks);
     let deadline = async {
         tasks.shutting_down().await;
+        announcement.update(record(State::Draining));
         tokio::time::sleep(args.drain_timeout).await;
     };
     tokio::select! {
@@ -87,6 +118,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
         () = deadline => tracing::warn!(timeout = ?args.drain_timeout, "drain timed out, requests are cut off"),
     }
 
+    announcement.revoke().await;
     link_tasks.begin_shutdown();
     let _engine_gone = commands.send(Command::Stop);
     let joined = tokio::task::spawn_blocking(move || engine.join()).await?;

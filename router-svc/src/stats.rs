@@ -25,6 +25,7 @@ pub(crate) struct Stats {
     pub(crate) steps: AtomicU64,
     pub(crate) tokens_out: AtomicU64,
     pub(crate) preemptions: AtomicU64,
+    pub(crate) sequences_degraded: AtomicU64,
     dispatch: Mutex<Dispatch>,
     calibrated: AtomicBool,
     turn_began: Mutex<Option<Instant>>,
@@ -71,6 +72,10 @@ impl Stats {
 
     pub(crate) fn count_token(&self) {
         self.tokens_out.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn count_degraded(&self) {
+        self.sequences_degraded.fetch_add(1, Relaxed);
     }
 
     pub(crate) fn set_calibrated(&self) {

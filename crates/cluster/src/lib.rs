@@ -21,6 +21,6 @@ pub mod table;
 pub use health::Health;
 pub use holds::Holds;
 pub use record::{Holdings, Placement, Record, Role, State};
-pub use registry::Registry;
+pub use registry::{Registry, advertised};
 pub use session::{Announcement, Member, Membership, Refused, Session, Term};
 pub use table::{Holder, Members, OtherWeights, RoutingTable};

@@ -121,3 +121,12 @@ fn write_version<S: Serializer>(version: &Version, serializer: S) -> Result<S::O
 fn read_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Version, D::Error> {
     u64::deserialize(deserializer).map(Version)
 }
+
+impl Placement {
+    /// What `instance`, which has applied version `applied`, is to hold beyond what is pinned. None: nothing new. A
+    /// placement that does not know the instance says nothing about it, and one that is not newer is a stale leader's.
+    #[must_use]
+    pub fn news_for(&self, instance: &InstanceId, applied: Version) -> Option<&Holds> {
+        if self.version > applied { self.wanted.get(instance.as_str()) } else { None }
+    }
+}

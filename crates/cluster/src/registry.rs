@@ -1,6 +1,8 @@
 //! Where a process looks for the others. `static://` names them once and for all; `etcd://` names the etcd that they
 //! register in.
 
+use std::net::SocketAddr;
+
 pub mod etcd;
 
 /// A registry that cannot be used as it is written.
@@ -16,6 +18,10 @@ pub enum Error {
     Address(String),
     #[error("registry address {0:?} occurs twice")]
     Twice(String),
+    #[error(
+        "{0} is no address that others can be told; say with --advertise HOST:PORT where they reach this process"
+    )]
+    Unspecified(SocketAddr),
     #[error("registry option {0:?} is not known; known are user, password-file, ca, cert, key, ttl")]
     Option(String),
     #[error("registry option {option} of {value:?}: {problem}")]
@@ -61,6 +67,27 @@ fn addresses(url: &str, list: &str) -> Result<Vec<String>, Error> {
         return Err(Error::Empty(url.to_owned()));
     }
     Ok(addresses)
+}
+
+/// The address that others are told: `advertise`, else the one listened on.
+///
+/// # Errors
+/// `advertise` is not host:port, or the address listened on is that of every interface and none can be told.
+pub fn advertised(
+    advertise: Option<&str>,
+    listening: SocketAddr,
+    registry: &Registry,
+) -> Result<String, Error> {
+    match advertise {
+        Some(address) => {
+            addresses("", address)?;
+            Ok(address.to_owned())
+        }
+        None if listening.ip().is_unspecified() && matches!(registry, Registry::Etcd(_)) => {
+            Err(Error::Unspecified(listening))
+        }
+        None => Ok(listening.to_string()),
+    }
 }
 
 impl std::str::FromStr for Registry {

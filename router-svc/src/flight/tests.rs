@@ -195,6 +195,11 @@ fn with_rows(reply: &mut Reply, values: &[f32]) {
     }
 }
 
+fn with_nan(reply: &mut Reply) {
+    let n = reply.outcome.as_ref().map_or(0, |computed| computed.rows.n_rows() * 2);
+    with_rows(reply, &vec![f32::NAN; n]);
+}
+
 #[test]
 fn a_failed_part_goes_to_the_replica() {
     check_failover(
@@ -209,10 +214,10 @@ fn a_failed_part_goes_to_the_replica() {
         "dispatch_timeout",
     );
     check_bad_reply(|reply| reply.outcome = Err(Error::internal("no")), "internal");
-    check_bad_reply(|reply| with_rows(reply, &[f32::NAN; 6]), "not_finite");
+    check_bad_reply(with_nan, "not_finite");
     check_bad_reply(|reply| with_rows(reply, &[0.0; 2]), "internal");
     check_bad_reply(|reply| reply.epoch = Epoch(6), "stale_reply");
-    check_bad_reply(|reply| reply.weights = WeightsHash(1), "weights_mismatch");
+    check_bad_reply(|reply| reply.weights = WeightsHash(77), "weights_mismatch");
     check_bad_reply(
         |reply| {
             if let Ok(computed) = &mut reply.outcome {
@@ -228,7 +233,7 @@ fn a_server_that_answers_nan_is_ejected() {
     let mut case = Case::new(TWICE);
     let (mut flight, orders) = case.launch(EXACT);
     let mut reply = serve(&orders[0].frame, f32::MAX);
-    with_rows(&mut reply, &[f32::NAN; 6]);
+    with_nan(&mut reply);
     let again = case.accept(&mut flight, &orders[0], reply).unwrap();
     assert!(!case.health.is_in(&orders[0].holder));
     case.land(&mut flight, &orders[1..]);

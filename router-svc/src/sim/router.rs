@@ -1,0 +1,321 @@
+//! The router: one layer after the other through the real dispatch, and what every layer must come to.
+
+use std::{collections::HashMap, time::Duration};
+
+use cluster::{Health, Holder, Members, RoutingTable, health::Limits};
+use ids::InstanceId;
+use proto::{
+    Code, Error, Reply,
+    frame::{Combine, Grid},
+};
+
+use super::{
+    MENDED,
+    server::{N_EXPERTS, weights},
+    world::{Event, World},
+};
+use crate::{
+    combine::combine,
+    dispatch::tests::activations,
+    flight::{Counts, Flight, FrameIds, Order, Surroundings, note_late, tests::expected_of},
+};
+
+pub(super) struct Router {
+    members: Members,
+    table: RoutingTable,
+    health: Health,
+    ids: FrameIds,
+    counts: Counts,
+    /// By instance: which server it is.
+    server_of: HashMap<InstanceId, usize>,
+    flight: Option<Flying>,
+    turn: u64,
+    /// How long the rows of this layer have been tried.
+    trying_since: Option<Duration>,
+    chosen: Vec<u32>,
+    n_landed_mended: usize,
+}
+
+struct Flying {
+    flight: Flight,
+    launched: Duration,
+}
+
+/// Longer than this no flight may take while every server that matters works: several hedges and failovers.
+const LANDS_WITHIN: Duration = Duration::from_millis(100);
+/// And longer than this never.
+const DISPATCH_TIMEOUT: Duration = Duration::from_secs(2);
+/// What lost rows wait before they are tried again.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+impl Router {
+    pub(super) fn new() -> Self {
+        Self {
+            members: Members::default(),
+            table: RoutingTable::default(),
+            health: Health::new(Limits::default()),
+            ids: FrameIds::default(),
+            counts: Counts::default(),
+            server_of: HashMap::new(),
+            flight: None,
+            turn: 0,
+            trying_since: None,
+            chosen: Vec::new(),
+            n_landed_mended: 0,
+        }
+    }
+
+    pub(super) fn is_joined(&self, instance: &InstanceId) -> bool {
+        self.table.holder(instance).is_some()
+    }
+
+    pub(super) const fn n_landed_mended(&self) -> usize {
+        self.n_landed_mended
+    }
+}
+
+impl World {
+    fn with_router<T>(&mut self, decide: impl FnOnce(&mut Surroundings<'_>, &mut Option<Flying>) -> T) -> T {
+        let now = self.now();
+        let router = &mut self.router;
+        router.health.follow(router.table.holders().map(|holder| &holder.instance), now);
+        let mut around = Surroundings {
+            table: &router.table,
+            health: &mut router.health,
+            ids: &mut router.ids,
+            counts: &mut router.counts,
+            now,
+            dispatch_timeout: DISPATCH_TIMEOUT,
+        };
+        decide(&mut around, &mut router.flight)
+    }
+
+    fn join(&mut self, server: usize) {
+        let state = &self.servers[server];
+        let holder = Holder {
+            instance: state.instance(),
+            address: String::new(),
+            epoch: state.epoch,
+            holds: state.holds.iter().map(|(layer, expert)| ((layer, expert), weights(expert))).collect(),
+            draining: false,
+        };
+        self.router.server_of.insert(holder.instance.clone(), server);
+        match self.router.members.join(holder) {
+            Ok(table) => self.router.table = table,
+            Err(error) => self.violation(error.to_string()),
+        }
+    }
+
+    pub(super) fn connect(&mut self, server: usize) {
+        if self.network.link_of(server) != 0 {
+            return;
+        }
+        let state = &self.servers[server];
+        let answers = state.is_up
+            && !state.frozen
+            && self.network.passes_to[server]
+            && self.network.passes_from[server];
+        if !answers {
+            let pause = self.dice.micros(20_000, 200_000);
+            return self.after(pause, Event::Connect { server });
+        }
+        self.network.make(server);
+        let instance = state.instance();
+        self.note(|| format!("{instance} joins"));
+        self.join(server);
+    }
+
+    /// The registry says that a server holds something else now; it is asked what.
+    pub(super) fn record_heard(&mut self, server: usize, epoch: u64) {
+        let state = &self.servers[server];
+        let known = self.router.table.holder(&state.instance()).map(|holder| holder.epoch.0);
+        if known.is_some_and(|known| known < epoch) && state.is_up && !state.frozen {
+            self.join(server);
+        }
+    }
+
+    pub(super) fn link_breaks(&mut self, server: usize, link: u64) {
+        if !self.network.is_link(server, link) {
+            return;
+        }
+        self.network.unmake(server);
+        let gone: Vec<InstanceId> = self
+            .router
+            .server_of
+            .iter()
+            .filter(|(instance, of)| **of == server && self.router.is_joined(instance))
+            .map(|(instance, _)| instance.clone())
+            .collect();
+        for instance in gone {
+            self.note(|| format!("{instance} leaves"));
+            if let Some(table) = self.router.members.leave(&instance) {
+                self.router.table = table;
+            }
+            let error = Error::new(Code::Unavailable, "stream_ended", "the link broke");
+            let orders = self.with_router(|around, flying| {
+                flying.as_mut().map(|flying| flying.flight.lose_holder(&instance, &error, around))
+            });
+            self.router.health.leave(&instance);
+            self.send(orders.unwrap_or_default());
+        }
+        let pause = self.dice.micros(1_000, 50_000);
+        self.after(pause, Event::Connect { server });
+        self.look_at_flight();
+    }
+
+    fn send(&mut self, orders: Vec<Order>) {
+        let mut orders = std::collections::VecDeque::from(orders);
+        while let Some(Order { holder, frame }) = orders.pop_front() {
+            match self
+                .router
+                .server_of
+                .get(&holder)
+                .copied()
+                .filter(|&server| self.network.link_of(server) != 0)
+            {
+                Some(server) => self.carry_frame(server, frame),
+                None => {
+                    let error = Error::new(Code::Unavailable, "link_down", "no link");
+                    let more = self.with_router(|around, flying| {
+                        flying.as_mut().map(|flying| flying.flight.lose_holder(&holder, &error, around))
+                    });
+                    orders.retain(|order| order.holder != holder);
+                    orders.extend(more.unwrap_or_default());
+                }
+            }
+        }
+    }
+
+    pub(super) fn reply_arrives(&mut self, server: usize, link: u64, reply: Reply) {
+        if !self.network.is_link(server, link) {
+            return;
+        }
+        let state = &self.servers[server];
+        if state.is_up && (state.frozen || !self.network.passes_from[server]) {
+            return self.after(
+                Duration::from_millis(5),
+                Event::ReplyArrives { server, link, reply: Box::new(reply) },
+            );
+        }
+        let instance = state.instance();
+        let orders = self.with_router(|around, flying| match flying {
+            Some(flying) => flying.flight.accept(&instance, reply, around).unwrap_or_default(),
+            None => {
+                note_late(&instance, &reply, around);
+                Vec::new()
+            }
+        });
+        self.send(orders);
+        self.look_at_flight();
+    }
+
+    pub(super) fn router_wakes(&mut self, turn: u64) {
+        if turn != self.router.turn {
+            return;
+        }
+        if self.router.flight.is_none() {
+            return self.launch();
+        }
+        let orders = self.with_router(|around, flying| {
+            let mut orders = Vec::new();
+            let silent = around.health.tick(around.now);
+            if let Some(flying) = flying {
+                for instance in silent {
+                    orders.extend(flying.flight.hurry(&instance, around));
+                }
+                orders.extend(flying.flight.tick(around));
+            }
+            orders
+        });
+        self.send(orders);
+        self.look_at_flight();
+    }
+
+    fn launch(&mut self) {
+        if self.router.trying_since.is_none() {
+            self.router.trying_since = Some(self.at);
+            let n_rows = 1 + self.dice.below(5);
+            // Two different experts a row, as a gate would choose.
+            self.router.chosen = (0..n_rows)
+                .flat_map(|_| {
+                    let first = self.dice.below(N_EXPERTS as usize);
+                    let second = (first + 1 + self.dice.below(N_EXPERTS as usize - 1)) % N_EXPERTS as usize;
+                    [first as u32, second as u32]
+                })
+                .collect();
+        }
+        let mode = match self.dice.below(3) {
+            0 => Combine::Pairs,
+            _ => Combine::Exact(Grid { exponent: -10, contribution_max: 1e6 }),
+        };
+        let activations = activations(&self.router.chosen);
+        let n_rows = activations.n_rows();
+        let launched = self.at;
+        let orders = self.with_router(|around, flying| {
+            let (flight, orders) = Flight::launch(activations, 0..n_rows, mode, around);
+            *flying = Some(Flying { flight, launched });
+            orders
+        });
+        self.send(orders);
+        self.look_at_flight();
+    }
+
+    /// Ends the flight if it is home; else wakes up when it has something to do.
+    fn look_at_flight(&mut self) {
+        let Some(flying) = &self.router.flight else { return };
+        self.router.turn += 1;
+        let turn = self.router.turn;
+        if !flying.flight.is_home() {
+            let wakes = [flying.flight.next_tick(), self.router.health.next_tick()];
+            if let Some(at) = wakes.into_iter().flatten().min() {
+                let wait = at.saturating_duration_since(self.now()).max(Duration::from_micros(1));
+                self.after(wait, Event::RouterWakes { turn });
+            } else {
+                self.violation("a flight waits for nothing".to_owned());
+            }
+            return;
+        }
+        let Some(Flying { flight, launched }) = self.router.flight.take() else { return };
+        let took = self.at - launched;
+        let combined = combine(flight.land(), vec![0.0; self.router.chosen.len()]);
+        let expected = expected_of(&self.router.chosen);
+        for row in 0..expected.len() / 2 {
+            let range = row * 2..row * 2 + 2;
+            if !combined.lost.contains_key(&row) && combined.update[range.clone()] != expected[range.clone()]
+            {
+                let (is, should) = (&combined.update[range.clone()], &expected[range]);
+                self.violation(format!("row {row} is {is:?}, not {should:?}"));
+            }
+        }
+        let is_calm = self.at >= MENDED;
+        let n_lost = combined.lost.len();
+        let chosen = self.router.chosen.len() / 2;
+        self.note(|| format!("{chosen} rows landed in {took:?}, {n_lost} lost"));
+        if took > DISPATCH_TIMEOUT * 3 {
+            self.violation(format!("a flight took {took:?}"));
+        }
+        if is_calm && took > LANDS_WITHIN {
+            self.violation(format!("a flight took {took:?} although every server works"));
+        }
+        let wait = if combined.lost.is_empty() {
+            self.router.trying_since = None;
+            self.router.n_landed_mended += usize::from(self.is_mended());
+            // Few layers are enough to see that it works again.
+            if self.is_mended() { Duration::from_millis(10) } else { Duration::from_micros(300) }
+        } else {
+            if combined.last_failure.is_none() && combined.lost.values().any(Vec::is_empty) {
+                self.violation("a row is lost without a name".to_owned());
+            }
+            if is_calm {
+                self.violation(format!("{:?} are lost although every server works", combined.lost));
+            }
+            RETRY_AFTER
+        };
+        // A server that works, and holds what is asked for, is found.
+        if is_calm && self.router.trying_since.is_some_and(|since| self.at - since > Duration::from_secs(1)) {
+            self.violation("a layer has been tried for a second".to_owned());
+        }
+        let pause = self.dice.micros(1, 500);
+        self.after(wait + pause, Event::RouterWakes { turn });
+    }
+}
