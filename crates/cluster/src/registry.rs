@@ -1,9 +1,10 @@
 //! Where a process looks for the others. `static://` names them once and for all; `etcd://` names the etcd that they
 //! register in.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 pub mod etcd;
+pub mod listing;
 
 /// A registry that cannot be used as it is written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +27,10 @@ pub enum Error {
     Option(String),
     #[error("registry option {option} of {value:?}: {problem}")]
     Value { option: &'static str, value: String, problem: String },
+    #[error("registry option {option} needs {needs} as well")]
+    Needs { option: &'static str, needs: &'static str },
+    #[error("registry option {option}: {} {problem}", path.display())]
+    File { option: &'static str, path: PathBuf, problem: String },
 }
 
 /// `--registry`: the processes this one talks to.
