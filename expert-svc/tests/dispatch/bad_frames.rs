@@ -1,7 +1,7 @@
 //! Frames that cannot be computed: each is answered with what is wrong, and the stream goes on.
 
 use bytes::Bytes;
-use proto::{Code, v1};
+use proto::{Code, checksum::seal_frame, v1};
 
 use crate::{
     checkpoint::Model,
@@ -12,9 +12,9 @@ const HIDDEN: usize = 64;
 
 /// A good frame with one thing changed.
 async fn check(router: &mut Router, change: impl FnOnce(&mut v1::Frame), reason: &str, message: &str) {
-    let mut wire = frame(HIDDEN, 2, &[0, 2]).into_wire();
+    let mut wire = router.plan(frame(HIDDEN, 2, &[0, 2]));
     change(&mut wire);
-    let error = router.ask_wire(wire).await.unwrap_err();
+    let error = router.ask_wire(seal_frame(wire)).await.unwrap_err();
     assert_eq!((error.reason.as_ref(), error.message.as_str()), (reason, message));
     router.ask(frame(HIDDEN, 1, &[1])).await.expect("the stream lives");
 }

@@ -96,7 +96,7 @@ async fn drain_ends_streams_and_watches_cleanly() {
     }
 
     // A frame that was sent before the drain is answered or left to the router, and the stream ends cleanly.
-    router.send(frame(64, 4, &[2]).into_wire()).await;
+    router.send(router.plan(frame(64, 4, &[2]))).await;
     server.tasks.begin_shutdown();
     if let Some(reply) = router.reply().await {
         reply.outcome.unwrap();
@@ -118,7 +118,7 @@ async fn unread(server: &Server) -> (Router, usize) {
     let router = server.router().await;
     let n_frames = 4;
     for _ in 0..n_frames {
-        router.send(frame(64, 16_384, &[0]).into_wire()).await;
+        router.send(router.plan(frame(64, 16_384, &[0]))).await;
     }
     let mut client = server.client().await;
     let received = async {

@@ -1,6 +1,7 @@
 //! What a server says about itself.
 
-use proto::{WIRE_VERSION, v1};
+use ids::LayerId;
+use proto::{Frame, WIRE_VERSION, v1};
 
 use crate::{
     checkpoint::{Model, N_EXPERTS},
@@ -62,8 +63,8 @@ async fn half_the_experts_map_half_the_bytes() {
     let server = Server::start(model.dir.path(), &["--shard", "1/2"]).await;
     let mut router = server.router().await;
     for layer in [1, 2] {
-        let frame = frame(256, 2, &[0, 1, 2, 3]);
-        router.ask_wire(v1::Frame { layer, ..frame.into_wire() }).await.unwrap();
+        let frame = Frame { layer: LayerId(layer), ..frame(256, 2, &[0, 1, 2, 3]) };
+        router.ask(frame).await.unwrap();
     }
     let used = server.status().await;
     assert!(used.resident_bytes >= used.shard_bytes, "{} of {}", used.resident_bytes, used.shard_bytes);
