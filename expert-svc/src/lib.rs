@@ -27,3 +27,8 @@ mod stream;
 pub use args::Args;
 pub use service::run;
 pub use stream::FRAMES_PER_STREAM_MAX;
+
+#[cfg(test)]
+#[path = "../tests/dispatch/checkpoint.rs"]
+#[expect(dead_code, reason = "the tests behind a socket use all of it")]
+mod checkpoint;

@@ -136,9 +136,17 @@ async fn drain_says_so_and_answers_what_it_has() {
     let (mut router, n_frames) = unread(&server).await;
     assert_eq!(client.status(ExpertStatusRequest {}).await.unwrap().into_inner().state, "ready");
     server.tasks.begin_shutdown();
+    let refused = async {
+        loop {
+            // One that is taken just before the drain begins ends with it.
+            if let Err(error) = client.dispatch(tokio_stream::pending()).await {
+                return proto::Error::from_status(&error);
+            }
+        }
+    };
+    let error = watched("refusal", refused).await;
+    assert_eq!((error.code, error.reason.as_ref()), (Code::Unavailable, "draining"));
     assert_eq!(client.status(ExpertStatusRequest {}).await.unwrap().into_inner().state, "draining");
-    let error = client.dispatch(tokio_stream::pending()).await.unwrap_err();
-    assert_eq!(proto::Error::from_status(&error).code, Code::Unavailable);
     for _ in 0..n_frames {
         router.reply().await.unwrap().outcome.unwrap();
     }
