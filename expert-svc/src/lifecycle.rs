@@ -45,6 +45,7 @@ impl Lifecycle {
         ready: impl FnOnce(),
     ) -> anyhow::Result<()> {
         let mut server = pin!(server);
+        self.report(ServingStatus::NotServing).await;
         let served = tokio::select! {
             served = self.serve(ready) => served,
             ended = &mut server => {
@@ -63,7 +64,6 @@ impl Lifecycle {
 
     /// Until this instance may go.
     async fn serve(&mut self, ready: impl FnOnce()) -> anyhow::Result<()> {
-        self.report(ServingStatus::NotServing).await;
         if let Some(session) = &self.session {
             self.presence.announce(session);
         }

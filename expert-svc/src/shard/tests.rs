@@ -137,32 +137,30 @@ fn what_is_pinned_is_held_whatever_its_size() {
     check(&shard, &model, 1, "1-2:0-1");
 }
 
+/// After `damage` to the file, new experts cannot be loaded, and `expected` is said.
+fn check_damage(damage: impl FnOnce(&Path), expected: &str) {
+    let model = model();
+    let shard = shard(model.dir.path(), &[1], u64::MAX);
+    shard.hold(&holds("")).unwrap();
+    let frame = frame(&shard, &[1]);
+    let before = shard.compute(&frame).unwrap();
+    damage(&model.dir.path().join("model.safetensors"));
+    let error = shard.hold(&holds("1-2:0-7")).err().unwrap().to_string();
+    assert!(error.contains("model.safetensors") && error.contains(expected), "{error}");
+    check(&shard, &model, 1, "1-2:1");
+    assert_eq!(shard.compute(&frame).unwrap(), before);
+}
+
 #[test]
 fn a_damaged_file_keeps_what_was_held() {
-    let damages: [(fn(&Path), &str); 2] = [
-        (|file| fs::remove_file(file).unwrap(), "cannot map"),
-        (
-            // What is mapped of the old file lives on: only the name is given to another one.
-            |file| {
-                let bytes = fs::read(file).unwrap();
-                fs::remove_file(file).unwrap();
-                fs::write(file, &bytes[..bytes.len() / 2]).unwrap();
-            },
-            "its header described at least",
-        ),
-    ];
-    for (damage, expected) in damages {
-        let model = model();
-        let shard = shard(model.dir.path(), &[1], u64::MAX);
-        shard.hold(&holds("")).unwrap();
-        let frame = frame(&shard, &[1]);
-        let before = shard.compute(&frame).unwrap();
-        damage(&model.dir.path().join("model.safetensors"));
-        let error = shard.hold(&holds("1-2:0-7")).err().unwrap().to_string();
-        assert!(error.contains("model.safetensors") && error.contains(expected), "{error}");
-        check(&shard, &model, 1, "1-2:1");
-        assert_eq!(shard.compute(&frame).unwrap(), before);
-    }
+    check_damage(|file| fs::remove_file(file).unwrap(), "cannot map");
+    // What is mapped of the old file lives on: its name is given to another one.
+    let cut = |file: &Path| {
+        let bytes = fs::read(file).unwrap();
+        fs::remove_file(file).unwrap();
+        fs::write(file, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    check_damage(cut, "its header described at least");
 }
 
 #[test]

@@ -53,6 +53,15 @@ async fn a_missing_expert_is_named_at_the_start() {
 }
 
 #[tokio::test]
+async fn a_server_stopped_while_it_starts_ends() {
+    let model = Model::random(64, 16).write();
+    let tasks = Tasks::new();
+    tasks.begin_shutdown();
+    // It may have loaded before it hears of it.
+    watched("end", expert_svc::run(args(model.dir.path(), &[]), tasks, |_| {})).await.unwrap();
+}
+
+#[tokio::test]
 async fn reflection_lists_what_is_served() {
     let model = Model::random(64, 16).write();
     let server = Server::start(model.dir.path(), &[]).await;
