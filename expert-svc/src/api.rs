@@ -1,20 +1,23 @@
 //! The gRPC service `shoal.v1.Expert`: streams to the engine, and what this server says about itself.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc};
 
-use ids::InstanceId;
+use ids::{ExpertId, LayerId};
 use proto::{
-    Error, WIRE_VERSION,
+    Error,
     v1::{self, expert_server::Expert},
 };
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{shard::Shard, slot::Replies, stream::Streams};
+use crate::{
+    presence::{Presence, device},
+    shard::Held,
+    slot::Replies,
+    stream::Streams,
+};
 
 pub(crate) struct Api {
-    pub(crate) instance: InstanceId,
-    pub(crate) address: SocketAddr,
-    pub(crate) shard: Arc<Shard>,
+    pub(crate) presence: Arc<Presence>,
     pub(crate) streams: Streams,
 }
 
@@ -37,35 +40,49 @@ impl Expert for Api {
         _request: Request<v1::ExpertStatusRequest>,
     ) -> Result<Response<v1::ExpertStatus>, Status> {
         let counts = self.streams.counters.counts();
+        // Before what is held: a placement that is said to be applied is.
+        let record = self.presence.record();
+        let shard = self.presence.shard();
+        let held = shard.held();
         // The system walks the page tables of everything mapped to say this: too long for a thread that serves.
-        let shard = Arc::clone(&self.shard);
-        let resident_bytes = tokio::task::spawn_blocking(move || shard.experts().resident_bytes())
+        let mapped = Arc::clone(&held);
+        let resident_bytes = tokio::task::spawn_blocking(move || mapped.experts.resident_bytes())
             .await
             .map_err(|_| Error::internal("counting the resident bytes panicked"))?;
-        let experts = self.shard.experts();
-        let holds = self.shard.holds().iter().map(|(layer, experts)| v1::LayerExperts {
-            layer: layer.0,
-            experts: experts.iter().map(|expert| expert.0).collect(),
-        });
-        let state = if self.streams.tasks.is_shutting_down() { "draining" } else { "ready" };
         Ok(Response::new(v1::ExpertStatus {
-            instance: self.instance.to_string(),
-            address: self.address.to_string(),
-            wire_version: WIRE_VERSION,
-            checkpoint: self.shard.checkpoint().to_owned(),
-            hidden_size: u32::try_from(self.shard.hidden_size()).unwrap_or(u32::MAX),
-            holds: holds.collect(),
-            device: format!("cpu {}", model::Isa::detect().name()),
-            shard_bytes: experts.shard_bytes(),
+            instance: record.instance.to_string(),
+            address: record.address,
+            wire_version: record.wire_version,
+            checkpoint: record.checkpoint,
+            hidden_size: u32::try_from(shard.hidden_size()).unwrap_or(u32::MAX),
+            holds: layers(&held),
+            device: device(),
+            shard_bytes: held.experts.shard_bytes(),
             resident_bytes: resident_bytes.unwrap_or(0),
-            mapped_bytes: experts.mapped_bytes(),
+            mapped_bytes: held.experts.mapped_bytes(),
             open_streams: self.streams.n_open(),
             frames: counts.frames,
             rows: counts.rows,
-            state: state.to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            state: record.state.as_str().to_owned(),
+            version: record.version,
             frames_failed: counts.frames_failed,
             pairs: counts.pairs,
+            epoch: held.epoch.0,
+            memory_bytes_max: shard.memory_bytes_max(),
+            placement: record.holdings.map_or(0, |holdings| holdings.placement.0),
+            frames_late: counts.frames_late,
         }))
     }
+}
+
+fn layers(held: &Held) -> Vec<v1::LayerExperts> {
+    let layer = |(layer, experts): (LayerId, &BTreeSet<ExpertId>)| {
+        let weights = experts.iter().filter_map(|&expert| held.experts.weights(layer, expert));
+        v1::LayerExperts {
+            layer: layer.0,
+            experts: experts.iter().map(|expert| expert.0).collect(),
+            weights: weights.map(|weights| weights.0).collect(),
+        }
+    };
+    held.holds.layers().map(layer).collect()
 }

@@ -1,8 +1,13 @@
-//! What was typed, and what of the model it selects. All that is wrong with a selection is said at once.
+//! What was typed.
 
-use std::{fmt, num::NonZeroUsize, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
-use ids::ExpertId;
+use cluster::Registry;
+
+use crate::{
+    memory,
+    selection::{Problems, Selection},
+};
 
 /// Flags of an expert server.
 #[derive(Clone, Debug, clap::Args)]
@@ -15,7 +20,16 @@ pub struct Args {
     #[arg(long, env = "SHOAL_LISTEN", value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
     pub listen: String,
 
-    /// The part of every layer's experts to hold: 1/4 is the first quarter. Without --shard and --experts, all
+    /// Registry to be found in, such as etcd://host:2379/prefix. With none, or static://, routers are told the address
+    #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL")]
+    pub registry: Option<Registry>,
+
+    /// Address at which others reach this server. Default: the one it listens on
+    #[arg(long, env = "SHOAL_ADVERTISE", value_name = "HOST:PORT", value_parser = host_port)]
+    pub advertise: Option<String>,
+
+    /// The parts of every layer's experts to hold, such as 1/4 or 1/4,3/4. Without --shard and --experts: all, or with
+    /// an etcd registry what the placement gives this server
     #[arg(long, env = "SHOAL_SHARD", value_name = "I/N")]
     pub shard: Option<String>,
 
@@ -27,6 +41,16 @@ pub struct Args {
     #[arg(long, env = "SHOAL_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
 
+    /// Most bytes of experts that a placement may have this server hold, such as 48GiB. Default: 80 % of the memory
+    /// that is available at the start
+    #[arg(long, env = "SHOAL_MEMORY_MAX", value_name = "BYTES", value_parser = memory::parse_bytes)]
+    pub memory_max: Option<u64>,
+
+    /// How long to wait at shutdown until other servers hold what this one does, while a router is registered
+    #[arg(long, env = "SHOAL_HANDOVER_TIMEOUT", value_name = "TIME", default_value = "10s",
+          value_parser = humantime::parse_duration)]
+    pub handover_timeout: Duration,
+
     /// How long frames in flight may take to be answered at shutdown, before their streams are cut. Default: well
     /// above the seconds that a full queue takes
     #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", value_name = "TIME", default_value = "30s",
@@ -34,205 +58,67 @@ pub struct Args {
     pub drain_timeout: Duration,
 }
 
-/// Which experts of every MoE layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Selection {
-    All,
-    /// Part `index` (from 1) of `of` contiguous ranges.
-    Part {
-        index: u32,
-        of: u32,
-    },
-    /// Ranges as they were typed.
-    Listed(Vec<RangeInclusive<u32>>),
-}
-
-/// Everything that is wrong with a selection.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Problems(Vec<String>);
-
-impl std::error::Error for Problems {}
-
-impl fmt::Display for Problems {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("; "))
-    }
-}
-
 impl Args {
     pub(crate) fn selection(&self) -> Result<Selection, Problems> {
-        Selection::parse(self.shard.as_deref(), self.experts.as_deref())
+        Selection::parse(self.shard.as_deref(), self.experts.as_deref(), self.is_registered())
+    }
+
+    /// Others look for this server in a registry, and a leader places experts.
+    pub(crate) fn is_registered(&self) -> bool {
+        matches!(self.registry, Some(Registry::Etcd(_)))
+    }
+
+    /// The address that others are told, of a server that listens on `address`.
+    pub(crate) fn advertised(&self, address: SocketAddr) -> Result<String, String> {
+        advertised(self.advertise.as_deref(), address, self.is_registered())
     }
 }
 
-impl Selection {
-    fn parse(shard: Option<&str>, experts: Option<&str>) -> Result<Self, Problems> {
-        let mut problems = Vec::new();
-        if shard.is_some() && experts.is_some() {
-            problems
-                .push("--shard and --experts both say which experts to hold; give one of them".to_owned());
-        }
-        let part = shard.map(|text| part(text).map_err(|problem| problems.push(problem)));
-        let listed = experts.map(|text| listed(text).map_err(|mut list| problems.append(&mut list)));
-        match (problems.is_empty(), part, listed) {
-            (true, Some(Ok((index, of))), None) => Ok(Self::Part { index, of }),
-            (true, None, Some(Ok(ranges))) => Ok(Self::Listed(ranges)),
-            (true, None, None) => Ok(Self::All),
-            _ => Err(Problems(problems)),
-        }
-    }
-
-    /// The experts selected, ascending, of a model with `n_experts` a layer.
-    pub(crate) fn experts(&self, n_experts: u32) -> Result<Vec<ExpertId>, Problems> {
-        let mut problems = Vec::new();
-        let mut experts: Vec<u32> = Vec::new();
-        match self {
-            Self::All => experts.extend(0..n_experts),
-            &Self::Part { index, of } => {
-                let bound = |part: u32| (u64::from(n_experts) * u64::from(part) / u64::from(of)) as u32;
-                experts.extend(bound(index - 1)..bound(index));
-                if experts.is_empty() {
-                    problems.push(format!(
-                        "--shard {index}/{of}: holds nothing, the model has {n_experts} routed experts a layer"
-                    ));
-                }
-            }
-            Self::Listed(ranges) => {
-                for range in ranges {
-                    if *range.end() >= n_experts {
-                        problems.push(format!(
-                            "--experts {}: the model has {n_experts} routed experts a layer, numbered from 0",
-                            shown(range)
-                        ));
-                        continue;
-                    }
-                    for expert in range.clone() {
-                        if experts.contains(&expert) {
-                            problems.push(format!("--experts: expert {expert} is listed twice"));
-                        } else {
-                            experts.push(expert);
-                        }
-                    }
-                }
-            }
-        }
-        experts.sort_unstable();
-        if problems.is_empty() {
-            Ok(experts.into_iter().map(ExpertId).collect())
-        } else {
-            Err(Problems(problems))
-        }
+fn advertised(advertise: Option<&str>, address: SocketAddr, registered: bool) -> Result<String, String> {
+    match advertise {
+        Some(advertise) => Ok(advertise.to_owned()),
+        None if registered && address.ip().is_unspecified() => Err(format!(
+            "nobody can connect to {address}, on which this server listens; \
+             say with --advertise HOST:PORT how others reach it"
+        )),
+        None => Ok(address.to_string()),
     }
 }
 
-fn shown(range: &RangeInclusive<u32>) -> String {
-    match (range.start(), range.end()) {
-        (first, last) if first == last => first.to_string(),
-        (first, last) => format!("{first}-{last}"),
+fn host_port(text: &str) -> Result<String, String> {
+    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse());
+    match port {
+        Some(Ok(1_u16..)) => Ok(text.to_owned()),
+        Some(Ok(0) | Err(_)) | None => Err("not of the form HOST:PORT".to_owned()),
     }
-}
-
-fn part(text: &str) -> Result<(u32, u32), String> {
-    let numbers = text.split_once('/').and_then(|(index, of)| Some((index.parse().ok()?, of.parse().ok()?)));
-    match numbers {
-        None => Err(format!("--shard {text}: not of the form I/N, such as 1/4")),
-        Some((_, 0)) => Err(format!("--shard {text}: experts cannot be cut into 0 shards")),
-        Some((index, of)) if !(1..=of).contains(&index) => {
-            Err(format!("--shard {text}: shards of {of} are 1/{of} to {of}/{of}"))
-        }
-        Some((index, of)) => Ok((index, of)),
-    }
-}
-
-fn listed(text: &str) -> Result<Vec<RangeInclusive<u32>>, Vec<String>> {
-    let mut problems = Vec::new();
-    let mut ranges = Vec::new();
-    for item in text.split(',').map(str::trim) {
-        let (first, last) = item.split_once('-').unwrap_or((item, item));
-        match (first.parse::<u32>(), last.parse::<u32>()) {
-            (Ok(first), Ok(last)) if last < first => {
-                problems.push(format!("--experts {item}: the range ends before it begins"));
-            }
-            (Ok(first), Ok(last)) => ranges.push(first..=last),
-            _ => problems.push(format!("--experts {item:?}: not an expert's number or a range such as 0-7")),
-        }
-    }
-    if problems.is_empty() { Ok(ranges) } else { Err(problems) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Of a model with 16 experts a layer.
-    fn check(shard: Option<&str>, experts: Option<&str>, expected: Result<&[u32], &str>) {
-        let selected = Selection::parse(shard, experts).and_then(|selection| selection.experts(16));
-        let selected = selected.map(|experts| experts.into_iter().map(|expert| expert.0).collect::<Vec<_>>());
-        let expected = expected.map(<[u32]>::to_vec).map_err(str::to_owned);
-        assert_eq!(selected.map_err(|problems| problems.to_string()), expected, "{shard:?} {experts:?}");
+    #[test]
+    fn others_are_told_an_address_that_they_can_use() {
+        let check = |advertise, listening: &str, registered, expected: Result<&str, ()>| {
+            let told = advertised(advertise, listening.parse().unwrap(), registered);
+            assert_eq!(told.as_deref().map_err(|_| ()), expected, "{advertise:?} {listening} {registered}");
+        };
+        check(None, "127.0.0.1:7001", true, Ok("127.0.0.1:7001"));
+        check(Some("expert-1:7001"), "0.0.0.0:7001", true, Ok("expert-1:7001"));
+        check(None, "0.0.0.0:7001", true, Err(()));
+        check(None, "[::]:7001", true, Err(()));
+        check(None, "0.0.0.0:7001", false, Ok("0.0.0.0:7001"));
+        let error = advertised(None, ([0, 0, 0, 0], 7001).into(), true).unwrap_err();
+        assert!(error.contains("0.0.0.0:7001") && error.contains("--advertise HOST:PORT"), "{error}");
     }
 
     #[test]
-    fn selections_are_read() {
-        check(None, None, Ok(&(0..16).collect::<Vec<_>>()));
-        check(Some("1/4"), None, Ok(&[0, 1, 2, 3]));
-        check(Some("4/4"), None, Ok(&[12, 13, 14, 15]));
-        check(Some("2/3"), None, Ok(&[5, 6, 7, 8, 9]));
-        check(Some("16/16"), None, Ok(&[15]));
-        check(None, Some("12, 0-2"), Ok(&[0, 1, 2, 12]));
-        check(None, Some("15"), Ok(&[15]));
-    }
-
-    #[test]
-    fn shards_cover_every_expert_once() {
-        for of in 1..=16 {
-            let parts = (1..=of).flat_map(|index| Selection::Part { index, of }.experts(16).unwrap());
-            assert!(parts.eq((0..16).map(ExpertId)), "{of} shards");
+    fn an_address_has_a_host_and_a_port() {
+        for good in ["a:1", "[::1]:7001", "10.0.0.1:65535"] {
+            assert_eq!(host_port(good).as_deref(), Ok(good));
         }
-    }
-
-    #[test]
-    fn wrong_selections_are_named() {
-        check(Some("5/4"), None, Err("--shard 5/4: shards of 4 are 1/4 to 4/4"));
-        check(Some("0/4"), None, Err("--shard 0/4: shards of 4 are 1/4 to 4/4"));
-        check(Some("1/0"), None, Err("--shard 1/0: experts cannot be cut into 0 shards"));
-        check(Some("half"), None, Err("--shard half: not of the form I/N, such as 1/4"));
-        check(
-            Some("1/17"),
-            None,
-            Err("--shard 1/17: holds nothing, the model has 16 routed experts a layer"),
-        );
-        check(None, Some("3-1"), Err("--experts 3-1: the range ends before it begins"));
-        check(None, Some(""), Err("--experts \"\": not an expert's number or a range such as 0-7"));
-        check(None, Some("1-2-3"), Err("--experts \"1-2-3\": not an expert's number or a range such as 0-7"));
-        check(
-            None,
-            Some("16"),
-            Err("--experts 16: the model has 16 routed experts a layer, numbered from 0"),
-        );
-        check(
-            None,
-            Some("0-4294967295"),
-            Err("--experts 0-4294967295: the model has 16 routed experts a layer, numbered from 0"),
-        );
-        check(None, Some("0-3,2"), Err("--experts: expert 2 is listed twice"));
-    }
-
-    #[test]
-    fn all_that_is_wrong_is_said_at_once() {
-        check(
-            Some("5/4"),
-            Some("3-1,x"),
-            Err("--shard and --experts both say which experts to hold; give one of them; \
-                 --shard 5/4: shards of 4 are 1/4 to 4/4; \
-                 --experts 3-1: the range ends before it begins; \
-                 --experts \"x\": not an expert's number or a range such as 0-7"),
-        );
-        check(
-            None,
-            Some("1,1,20"),
-            Err("--experts: expert 1 is listed twice; \
-                 --experts 20: the model has 16 routed experts a layer, numbered from 0"),
-        );
+        for bad in ["a", ":1", "a:", "a:0", "a:65536", ""] {
+            assert!(host_port(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -164,6 +164,8 @@ mod tests {
             combine,
             timeout: None,
             traceparent: String::new(),
+            epoch: ids::Epoch::default(),
+            weights: ids::WeightsHash::default(),
         }
     }
 

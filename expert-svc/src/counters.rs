@@ -12,6 +12,7 @@ use proto::Frame;
 pub(crate) struct Counters {
     frames: AtomicU64,
     frames_failed: AtomicU64,
+    frames_late: AtomicU64,
     rows: AtomicU64,
     pairs: AtomicU64,
 }
@@ -23,6 +24,8 @@ pub(crate) struct Counts {
     pub(crate) frames: u64,
     /// Of those, frames answered with a failure or dropped with their stream.
     pub(crate) frames_failed: u64,
+    /// Of the failed, frames whose deadline had passed.
+    pub(crate) frames_late: u64,
     /// Rows of the frames computed.
     pub(crate) rows: u64,
     /// (row, expert) pairs of the frames computed.
@@ -39,6 +42,7 @@ impl Counters {
         Counts {
             frames: self.frames.load(Relaxed),
             frames_failed: self.frames_failed.load(Relaxed),
+            frames_late: self.frames_late.load(Relaxed),
             rows: self.rows.load(Relaxed),
             pairs: self.pairs.load(Relaxed),
         }
@@ -57,6 +61,11 @@ impl Receipt {
         self.computed = true;
         self.counters.rows.fetch_add(frame.rows.n_rows() as u64, Relaxed);
         self.counters.pairs.fetch_add(frame.assignments.len() as u64, Relaxed);
+    }
+
+    /// Counts the frame as failed because its deadline had passed.
+    pub(crate) fn late(self) {
+        self.counters.frames_late.fetch_add(1, Relaxed);
     }
 
     /// Counts the frame as failed; as good as dropping it, but said.

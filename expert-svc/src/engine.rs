@@ -81,22 +81,28 @@ impl Job {
         }
         let Self { frame, received, slot, receipt } = self;
         let started = clock();
+        let waited = started.duration_since(received);
         let outcome = match frame.timeout {
-            Some(timeout) if started.duration_since(received) > timeout => {
-                Err(late(&frame, started.duration_since(received), timeout))
+            Some(timeout) if waited > timeout => {
+                receipt.late();
+                Err(late(&frame, waited, timeout))
             }
-            Some(_) | None => computed(&frame, compute).map(|combined| Computed {
-                rows: combined.rows,
-                overflow_rows: combined.overflow_rows,
-                compute_time: clock().duration_since(started),
-            }),
+            Some(_) | None => {
+                let outcome = computed(&frame, compute);
+                // Counted before it is sent: who has the reply sees it in the counters.
+                match &outcome {
+                    Ok(_) => receipt.computed(&frame),
+                    Err(_) => receipt.failed(),
+                }
+                outcome.map(|combined| Computed {
+                    rows: combined.rows,
+                    overflow_rows: combined.overflow_rows,
+                    compute_time: clock().duration_since(started),
+                })
+            }
         };
-        // Counted before it is sent: who has the reply sees it in the counters.
-        match &outcome {
-            Ok(_) => receipt.computed(&frame),
-            Err(_) => receipt.failed(),
-        }
-        slot.reply(Reply { id: frame.id, outcome });
+        // The weights that computed it are those that it asked for: with any others it is not computed.
+        slot.reply(Reply { id: frame.id, epoch: frame.epoch, weights: frame.weights, outcome });
     }
 }
 

@@ -3,6 +3,9 @@
 //! A frame's way, in order: [`stream`] receives it, [`engine`] queues it, [`shard`] computes it with [`group`]
 //! (rows by expert) and [`combine`] (weighted sums), [`slot`] carries the reply back. Frames are stateless: nothing
 //! is kept between two of them, so any holder of the same experts gives the same bits.
+//!
+//! Its life, in order: [`service`] assembles it, [`lifecycle`] loads, serves and leaves, [`presence`] tells others what
+//! it is meanwhile, [`placed`] holds what the placement asks for, and [`handover`] says when it is missed no more.
 
 mod api;
 mod args;
@@ -10,6 +13,12 @@ mod combine;
 mod counters;
 mod engine;
 mod group;
+mod handover;
+mod lifecycle;
+mod memory;
+mod placed;
+mod presence;
+mod selection;
 mod service;
 mod shard;
 mod slot;
@@ -18,3 +27,8 @@ mod stream;
 pub use args::Args;
 pub use service::run;
 pub use stream::FRAMES_PER_STREAM_MAX;
+
+#[cfg(test)]
+#[path = "../tests/dispatch/checkpoint.rs"]
+#[expect(dead_code, reason = "the tests behind a socket use all of it")]
+mod checkpoint;

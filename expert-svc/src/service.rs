@@ -1,29 +1,30 @@
-//! Listens, loads, serves, drains.
+//! Assembles an expert server from its flags: sockets, threads, registry.
 
 use std::{
-    future::Future,
     net::SocketAddr,
     path::PathBuf,
-    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use cluster::Session;
 use ids::InstanceId;
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::Tasks;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Router, Server, TcpIncoming};
-use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     Args,
     api::Api,
-    args::Selection,
     counters::Counters,
     engine::{Clock, Engine},
+    lifecycle::Lifecycle,
+    memory,
+    presence::Presence,
+    selection::Selection,
     shard::Shard,
     stream::Streams,
 };
@@ -38,7 +39,11 @@ const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * HTTP2_WINDOW_B
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Serves `args` until `tasks` shuts down, then drains. Calls `ready` with the bound address once it serves.
+/// The registry's tasks have nothing to finish by then.
+const REGISTRY_END_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Serves `args` until `tasks` shuts down, then leaves in order. Calls `ready` with the bound address once it listens
+/// and has loaded.
 ///
 /// # Errors
 /// Address in use, wrong flags, wrong checkpoint: the chain names what is at fault.
@@ -47,10 +52,12 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let listener =
         TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("cannot read the address listened on")?;
+    let advertised = args.advertised(address).map_err(anyhow::Error::msg)?;
+    let memory_bytes_max = memory_bytes_max(&args)?;
     let model = args.model.clone();
-    let shard = tokio::task::spawn_blocking(move || load(model, &selection))
+    let shard = tokio::task::spawn_blocking(move || open(model, &selection, memory_bytes_max))
         .await
-        .context("loading the experts panicked")??;
+        .context("opening the checkpoint panicked")??;
     let shard = Arc::new(shard);
 
     let threads = match args.threads {
@@ -63,26 +70,56 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let counters = Arc::new(Counters::default());
     let streams = Streams::new(shard.hidden_size(), engine.queue(), counters, system_clock(), tasks.clone());
     let instance = InstanceId::from(uuid::Uuid::new_v4().to_string().as_str());
-    tracing::info!(
-        %instance,
-        %address,
-        holds = cluster::table::describe(shard.holds()),
-        shard_bytes = shard.experts().shard_bytes(),
-        threads,
-        "serving"
-    );
+    tracing::info!(%instance, %address, advertised, threads, "listening");
 
+    // The registry is left last: its tasks outlive the others.
+    let registered = Tasks::new();
+    let _registered_ends = registered.token().drop_guard();
+    let session = args
+        .registry
+        .as_ref()
+        .filter(|_| args.is_registered())
+        .map(|registry| Session::open(registry, &registered))
+        .transpose()
+        .context("--registry")?;
+    let presence = Arc::new(Presence::new(instance, advertised, shard));
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<ExpertServer<Api>>().await;
-    let api = Api { instance, address, shard, streams: streams.clone() };
+    let api = Api { presence: Arc::clone(&presence), streams: streams.clone() };
     let router = router(api)?.add_service(health_service);
     let stop = CancellationToken::new();
     let server = router.serve_with_incoming_shutdown(incoming(listener), stop.clone().cancelled_owned());
-    ready(address);
-    serve(server, Lifecycle { tasks, health, streams, stop, engine }, args.drain_timeout).await
+    let lifecycle = Lifecycle {
+        tasks,
+        presence,
+        session,
+        health,
+        streams,
+        engine,
+        stop,
+        handover_timeout: args.handover_timeout,
+        drain_timeout: args.drain_timeout,
+    };
+    lifecycle.run(server, || ready(address)).await?;
+    registered.begin_shutdown();
+    if !registered.join(REGISTRY_END_TIMEOUT).await {
+        tracing::warn!("the registry's tasks do not end");
+    }
+    Ok(())
 }
 
-fn load(model: PathBuf, selection: &Selection) -> anyhow::Result<Shard> {
+fn memory_bytes_max(args: &Args) -> anyhow::Result<u64> {
+    match args.memory_max.or_else(memory::default_bytes_max) {
+        Some(bytes) => Ok(bytes),
+        None if args.is_registered() => {
+            anyhow::bail!("cannot read how much memory is available; give --memory-max")
+        }
+        // Nobody asks.
+        None => Ok(0),
+    }
+}
+
+/// Reads what the checkpoint says of itself and loads nothing yet.
+fn open(model: PathBuf, selection: &Selection, memory_bytes_max: u64) -> anyhow::Result<Shard> {
     let checkpoint = model::Checkpoint::open(&model)
         .with_context(|| format!("cannot open the checkpoint {}", model.display()))?;
     let config = checkpoint.config();
@@ -91,8 +128,7 @@ fn load(model: PathBuf, selection: &Selection) -> anyhow::Result<Shard> {
         anyhow::bail!("the checkpoint {} has no routed experts", model.display());
     }
     let experts = selection.experts(n_experts)?;
-    Shard::load(&checkpoint, &experts)
-        .with_context(|| format!("cannot load the experts of the checkpoint {}", model.display()))
+    Ok(Shard::new(checkpoint, &experts, memory_bytes_max))
 }
 
 fn router(api: Api) -> anyhow::Result<Router> {
@@ -122,62 +158,6 @@ fn router(api: Api) -> anyhow::Result<Router> {
 /// on listeners that it opens itself, and on others only through [`TcpIncoming`].
 fn incoming(listener: TcpListener) -> TcpIncoming {
     TcpIncoming::from(listener).with_nodelay(Some(true))
-}
-
-/// What a server's end needs.
-struct Lifecycle {
-    tasks: Tasks,
-    health: HealthReporter,
-    streams: Streams,
-    /// Stops the gRPC server.
-    stop: CancellationToken,
-    engine: Engine,
-}
-
-/// Serves until shutdown. Then, within `drain_timeout`: say so, answer the frames in flight and end their streams
-/// while calls for `Status` and health are still taken, close connections, end the threads.
-async fn serve(
-    server: impl Future<Output = Result<(), tonic::transport::Error>>,
-    lifecycle: Lifecycle,
-    drain_timeout: Duration,
-) -> anyhow::Result<()> {
-    let Lifecycle { tasks, mut health, streams, stop, engine } = lifecycle;
-    let mut server = pin!(server);
-    tokio::select! {
-        ended = &mut server => {
-            ended.context("the gRPC server failed")?;
-            anyhow::bail!("the gRPC server ended by itself");
-        }
-        () = tasks.shutting_down() => {}
-    }
-    tracing::info!(open_streams = streams.n_open(), "draining");
-    let services = ["", <ExpertServer<Api> as tonic::server::NamedService>::NAME];
-    for service in services {
-        health.set_service_status(service, ServingStatus::NotServing).await;
-    }
-    let drained = tokio::time::timeout(drain_timeout, async {
-        tokio::select! {
-            ended = &mut server => return ended,
-            () = streams.closed() => {}
-        }
-        // A watch of a service's health ends only when the service is forgotten.
-        for service in services {
-            health.clear_service_status(service).await;
-        }
-        stop.cancel();
-        server.await?;
-        drop(streams);
-        engine.end().await;
-        Ok(())
-    });
-    match drained.await {
-        Ok(ended) => {
-            ended.context("the gRPC server failed while it drained")?;
-            tracing::info!("drained");
-        }
-        Err(_) => tracing::warn!(?drain_timeout, "drain timed out, what is still open is cut"),
-    }
-    Ok(())
 }
 
 #[expect(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::{Stream, StreamExt as _};
-use ids::FrameId;
+use ids::{Epoch, FrameId, WeightsHash};
 use proto::{
     Code, Error, Frame, MESSAGE_BYTES_MAX, Reply,
     frame::{Combine, FRAME_BYTES_MAX},
@@ -11,6 +11,7 @@ use proto::{
 };
 use telemetry::Tasks;
 use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
@@ -37,6 +38,10 @@ pub(crate) struct Streams {
     pub(crate) counters: Arc<Counters>,
     pub(crate) clock: Clock,
     pub(crate) tasks: Tasks,
+    /// Streams are taken from here on.
+    admitting: CancellationToken,
+    /// No stream is taken any more, and those that are open end.
+    closing: CancellationToken,
     /// A permit each open stream.
     open: Arc<Semaphore>,
 }
@@ -50,15 +55,33 @@ impl Streams {
         tasks: Tasks,
     ) -> Self {
         let open = Arc::new(Semaphore::new(STREAMS_MAX as usize));
-        Self { hidden_size, queue, counters, clock, tasks, open }
+        let (admitting, closing) = (CancellationToken::new(), CancellationToken::new());
+        Self { hidden_size, queue, counters, clock, tasks, admitting, closing, open }
     }
 
-    /// Serves `frames` until they end, they break, or the server drains.
+    /// Takes streams from now on: there is something to compute them with.
+    pub(crate) fn admit(&self) {
+        self.admitting.cancel();
+    }
+
+    /// Takes no stream any more, and ends those that are open when what was read of them is answered.
+    pub(crate) fn close(&self) {
+        self.closing.cancel();
+    }
+
+    /// Serves `frames` until they end, they break, or [`Streams::close`].
     pub(crate) fn open(
         &self,
         frames: impl Stream<Item = Result<v1::Frame, Status>> + Send + Unpin + 'static,
     ) -> Result<Replies, Error> {
-        if self.tasks.is_shutting_down() {
+        if !self.admitting.is_cancelled() {
+            return Err(Error::new(
+                Code::Unavailable,
+                "loading",
+                "this expert server is loading its experts",
+            ));
+        }
+        if self.closing.is_cancelled() {
             return Err(Error::new(Code::Unavailable, "draining", "this expert server is draining"));
         }
         let Ok(open) = Arc::clone(&self.open).try_acquire_owned() else {
@@ -80,7 +103,7 @@ impl Streams {
         let _all = self.open.acquire_many(STREAMS_MAX).await;
     }
 
-    /// Ends when the router is done or gone, or at drain: frames not read by then are for the router to send
+    /// Ends when the router is done or gone, or at [`Streams::close`]: frames not read by then are for the router to send
     /// elsewhere, and the replies end when those that were read are answered.
     async fn serve(self, mut frames: impl Stream<Item = Result<v1::Frame, Status>> + Unpin, slots: Slots) {
         loop {
@@ -91,7 +114,7 @@ impl Streams {
             };
             let received = tokio::select! {
                 biased;
-                () = self.tasks.shutting_down() => None,
+                () = self.closing.cancelled() => None,
                 () = slots.abandoned() => None,
                 received = next => received,
             };
@@ -109,19 +132,26 @@ impl Streams {
     async fn receive(&self, wire: v1::Frame, slot: Slot) {
         let received = (self.clock)();
         let receipt = self.counters.receive();
-        let id = FrameId(wire.id);
+        let (id, epoch, weights) = (FrameId(wire.id), Epoch(wire.epoch), WeightsHash(wire.weights));
+        let failure = |error| Reply { id, epoch, weights, outcome: Err(error) };
         match checked(wire, self.hidden_size) {
             Ok(frame) => {
                 let job = Job { frame, received, slot, receipt };
                 if let Err(mpsc::error::SendError(Job { slot, receipt, .. })) = self.queue.send(job).await {
                     receipt.failed();
-                    slot.reply(Reply { id, outcome: Err(Error::internal("the compute threads have ended")) });
+                    slot.reply(failure(Error::internal("the compute threads have ended")));
                 }
             }
             Err(error) => {
                 tracing::debug!(frame = %id, reason = %error.reason, %error, "frame refused");
                 receipt.failed();
-                slot.reply(Reply { id, outcome: Err(error) });
+                slot.reply(match error.reason.as_ref() {
+                    // Nothing that it says is certain. Its id is as good a guess as any.
+                    "checksum_mismatch" => {
+                        Reply { epoch: Epoch::default(), weights: WeightsHash::default(), ..failure(error) }
+                    }
+                    _ => failure(error),
+                });
             }
         }
     }

@@ -1,6 +1,7 @@
 //! A Hugging Face folder → mapped tensors by published name. Headers are read when the folder is opened; bytes of
 //! tensors are mapped range by range when somebody asks for them, so that a process maps only what it holds.
 
+mod digest;
 mod header;
 
 use std::{
@@ -46,6 +47,7 @@ pub struct Checkpoint {
 }
 
 /// Mapped bytes of some tensors.
+#[derive(Default)]
 pub(crate) struct Mapped {
     tensors: BTreeMap<String, Stored>,
     maps: Vec<Arc<Mmap>>,
@@ -154,6 +156,11 @@ impl Checkpoint {
         Ok((info, dtype))
     }
 
+    /// Bytes of the named tensors, whose shapes must be as given.
+    pub(crate) fn bytes_of(&self, tensors: &[(String, Vec<usize>)]) -> Result<u64, Error> {
+        tensors.iter().map(|(name, shape)| Ok(self.info(name, shape)?.0.n_bytes)).sum()
+    }
+
     /// Maps the named tensors, whose shapes must be as given.
     pub(crate) fn map(&self, wanted: &[(String, Vec<usize>)]) -> Result<Mapped, Error> {
         let mut places = Vec::with_capacity(wanted.len());
@@ -231,6 +238,15 @@ impl Mapped {
 fn map_range(path: &Path, offset: u64, len: u64) -> Result<Mmap, Error> {
     let wrong = |error: std::io::Error| Error::new(format!("cannot map {}: {error}", path.display()));
     let file = File::open(path).map_err(wrong)?;
+    let n_bytes = file.metadata().map_err(wrong)?.len();
+    if n_bytes < offset + len {
+        // It can be mapped all the same, and the first touch beyond its end would kill the process.
+        let end = offset + len;
+        return Err(Error::new(format!(
+            "{}: has {n_bytes} bytes, its header described at least {end}",
+            path.display()
+        )));
+    }
     unsafe { MmapOptions::new().offset(offset).len(len as usize).map(&file) }.map_err(wrong)
 }
 

@@ -2,40 +2,81 @@
 
 use std::{collections::HashMap, fs};
 
-use ids::{ExpertId, LayerId};
+use ids::{ExpertId, LayerId, WeightsHash};
+use rayon::prelude::*;
 
-use crate::{Checkpoint, Error, Mlp, checkpoint::Mapped};
+use crate::{Checkpoint, Error, Mlp, ModelConfig, checkpoint::Mapped};
 
 /// The routed experts that one process holds; maps only their bytes.
+#[derive(Default)]
 pub struct Experts {
     experts: HashMap<(LayerId, ExpertId), Expert>,
     mapped: Mapped,
 }
 
 /// A routed expert.
-pub struct Expert(Mlp);
+pub struct Expert {
+    mlp: Mlp,
+    weights: WeightsHash,
+}
 
 fn prefix(layer: LayerId, expert: ExpertId) -> String {
     format!("model.layers.{layer}.mlp.experts.{expert}")
 }
 
+/// In the order in which they are hashed: gate_proj, up_proj, down_proj.
+fn tensors(config: &ModelConfig, (layer, expert): (LayerId, ExpertId)) -> [(String, Vec<usize>); 3] {
+    Mlp::tensors(&prefix(layer, expert), config.hidden_size, config.moe_intermediate_size)
+}
+
 impl Experts {
+    /// Maps the experts and hashes their tensors, which reads every byte of them once: they are in the page cache
+    /// afterwards, as far as it reaches.
     pub fn load(checkpoint: &Checkpoint, held: &[(LayerId, ExpertId)]) -> Result<Self, Error> {
+        Self::load_after(&Self::default(), checkpoint, held, &|| true)
+    }
+
+    /// The same where `before` were held so far: what is in both is not read again. Gives up when `go_on` is false; it
+    /// is asked before each expert is read.
+    pub fn load_after(
+        before: &Self,
+        checkpoint: &Checkpoint,
+        held: &[(LayerId, ExpertId)],
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, Error> {
         let config = checkpoint.config();
         let (hidden_size, width) = (config.hidden_size, config.moe_intermediate_size);
-        let tensors: Vec<_> = held
-            .iter()
-            .flat_map(|&(layer, expert)| Mlp::tensors(&prefix(layer, expert), hidden_size, width))
-            .collect();
-        let mapped = checkpoint.map(&tensors)?;
+        let names: Vec<_> = held.iter().flat_map(|&pair| tensors(config, pair)).collect();
+        let mapped = checkpoint.map(&names)?;
         let experts = held
-            .iter()
+            .par_iter()
             .map(|&(layer, expert)| {
+                let weights = match before.weights(layer, expert) {
+                    Some(weights) => weights,
+                    None if go_on() => checkpoint.digest(&tensors(config, (layer, expert)))?,
+                    None => return Err(Error::new("loading was stopped".to_owned())),
+                };
                 let mlp = Mlp::from_mapped(&mapped, &prefix(layer, expert), hidden_size, width)?;
-                Ok(((layer, expert), Expert(mlp)))
+                Ok(((layer, expert), Expert { mlp, weights }))
             })
             .collect::<Result<_, Error>>()?;
         Ok(Self { experts, mapped })
+    }
+
+    /// [`Experts::shard_bytes`] of experts that are not loaded.
+    pub fn bytes_of(
+        checkpoint: &Checkpoint,
+        experts: impl IntoIterator<Item = (LayerId, ExpertId)>,
+    ) -> Result<u64, Error> {
+        let config = checkpoint.config();
+        experts.into_iter().map(|pair| checkpoint.bytes_of(&tensors(config, pair))).sum()
+    }
+
+    /// XXH3-64 over an expert's tensors as they are stored: gate_proj, up_proj, down_proj, each with whatever scales it
+    /// has. Holders of the same weights agree on it.
+    #[must_use]
+    pub fn weights(&self, layer: LayerId, expert: ExpertId) -> Option<WeightsHash> {
+        self.get(layer, expert).map(|expert| expert.weights)
     }
 
     #[must_use]
@@ -81,9 +122,14 @@ impl Experts {
 }
 
 impl Expert {
+    #[must_use]
+    pub const fn weights(&self) -> WeightsHash {
+        self.weights
+    }
+
     /// A group of rows `[rows, hidden]` → `[rows, hidden]`: down(silu(gate x) · up x), unweighted.
     #[must_use]
     pub fn forward(&self, rows: &[f32]) -> Vec<f32> {
-        self.0.apply(rows)
+        self.mlp.apply(rows)
     }
 }

@@ -31,7 +31,6 @@ const CURSED: LayerId = LayerId(13);
 struct Server {
     streams: Streams,
     engine: Engine,
-    tasks: Tasks,
     now: Arc<Mutex<Instant>>,
     gate: gate::Sender<()>,
     /// The frames whose computation began.
@@ -53,10 +52,10 @@ impl Server {
         let hand = Arc::clone(&now);
         let clock: Clock = Arc::new(move || *hand.lock().unwrap());
         let engine = Engine::start(1, Arc::new(compute), Arc::clone(&clock)).unwrap();
-        let tasks = Tasks::new();
         let streams =
-            Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, tasks.clone());
-        Self { streams, engine, tasks, now, gate, begun }
+            Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, Tasks::new());
+        streams.admit();
+        Self { streams, engine, now, gate, begun }
     }
 
     /// One router's ends: where it writes frames, where it reads replies.
@@ -110,6 +109,8 @@ fn frame(id: u64) -> Frame {
         combine: Combine::Fast,
         timeout: None,
         traceparent: String::new(),
+        epoch: PLAN.0,
+        weights: PLAN.1,
     }
 }
 
@@ -117,10 +118,16 @@ fn wire(id: u64) -> Result<v1::Frame, Status> {
     Ok(frame(id).into_wire())
 }
 
+/// What the frames here were planned with, and their replies carry back.
+const PLAN: (Epoch, WeightsHash) = (Epoch(5), WeightsHash(6));
+
 /// The next reply's frame, and the reason if it is a failure.
 async fn next(replies: &mut Replies) -> Option<(u64, Option<String>)> {
     let item = tokio::time::timeout(WATCHDOG, replies.next()).await.expect("no reply comes")?;
     let reply = Reply::from_wire(item.expect("the stream ends with an error")).unwrap();
+    let reason = reply.outcome.as_ref().err().map(|error| error.reason.as_ref());
+    let plan = if reason == Some("checksum_mismatch") { Default::default() } else { PLAN };
+    assert_eq!((reply.epoch, reply.weights), plan, "frame {}: {reason:?}", reply.id);
     Some((reply.id.0, reply.outcome.err().map(|error| error.reason.into_owned())))
 }
 
@@ -146,7 +153,7 @@ async fn a_stream_ends_when_its_router_is_done_and_answered() {
     assert_eq!(next(&mut replies).await, None);
     drop(replies);
     assert_eq!(server.streams.n_open(), 0);
-    assert_eq!(server.end().await, Counts { frames: 2, frames_failed: 0, rows: 2, pairs: 6 });
+    assert_eq!(server.end().await, Counts { frames: 2, frames_failed: 0, frames_late: 0, rows: 2, pairs: 6 });
 }
 
 #[tokio::test]
@@ -163,7 +170,7 @@ async fn a_stream_that_breaks_drops_the_frames_it_queued() {
     assert_eq!(server.streams.n_open(), 0);
     // One release: if frame 2 or 3 were computed too, the engine would not end.
     server.release();
-    assert_eq!(server.end().await, Counts { frames: 3, frames_failed: 2, rows: 1, pairs: 3 });
+    assert_eq!(server.end().await, Counts { frames: 3, frames_failed: 2, frames_late: 0, rows: 1, pairs: 3 });
 }
 
 #[tokio::test]
@@ -190,7 +197,7 @@ async fn a_frame_past_its_deadline_is_not_computed() {
     assert_eq!(error.code, Code::DeadlineExceeded);
     assert_eq!(error.message, "frame 3 waited 20ms to be computed, its timeout is 19.999ms");
     drop((frames, replies));
-    assert_eq!(server.end().await, Counts { frames: 3, frames_failed: 1, rows: 2, pairs: 6 });
+    assert_eq!(server.end().await, Counts { frames: 3, frames_failed: 1, frames_late: 1, rows: 2, pairs: 6 });
 }
 
 #[tokio::test]
@@ -230,7 +237,7 @@ async fn drain_answers_what_was_read_and_ends_the_stream() {
     frames.send(wire(2)).await.unwrap();
     server.has_received(2).await;
     server.begins(1).await;
-    server.tasks.begin_shutdown();
+    server.streams.close();
     // The stream stops reading: its end of the channel goes.
     frames.closed().await;
     let error = server.streams.open(tokio_stream::empty()).unwrap_err();
@@ -241,7 +248,7 @@ async fn drain_answers_what_was_read_and_ends_the_stream() {
     assert_eq!(next(&mut replies).await, computed(2));
     assert_eq!(next(&mut replies).await, None);
     drop(replies);
-    assert_eq!(server.end().await, Counts { frames: 2, frames_failed: 0, rows: 2, pairs: 6 });
+    assert_eq!(server.end().await, Counts { frames: 2, frames_failed: 0, frames_late: 0, rows: 2, pairs: 6 });
 }
 
 #[tokio::test]
@@ -255,7 +262,9 @@ async fn what_fails_fails_alone() {
         .send(Ok(Frame { assignments: pairs, combine: Combine::Pairs, ..frame(2) }.into_wire()))
         .await
         .unwrap();
-    frames.send(Ok(v1::Frame { id: 3, ..v1::Frame::default() })).await.unwrap();
+    let empty = v1::Frame { id: 3, epoch: PLAN.0.0, weights: PLAN.1.0, ..v1::Frame::default() };
+    frames.send(Ok(proto::checksum::seal_frame(empty))).await.unwrap();
+    frames.send(wire(6).map(|wire| v1::Frame { epoch: wire.epoch ^ 1, ..wire })).await.unwrap();
     frames.send(Ok(Frame { layer: CURSED, ..frame(4) }.into_wire())).await.unwrap();
     frames.send(wire(5)).await.unwrap();
     server.release();
@@ -263,6 +272,7 @@ async fn what_fails_fails_alone() {
     assert_eq!(next(&mut replies).await, failed(1, "frame_too_large"));
     assert_eq!(next(&mut replies).await, failed(2, "reply_too_large"));
     assert_eq!(next(&mut replies).await, failed(3, "invalid_value"));
+    assert_eq!(next(&mut replies).await, failed(6, "checksum_mismatch"));
     assert_eq!(next(&mut replies).await, failed(4, "internal"));
     assert_eq!(next(&mut replies).await, computed(5));
     // What the transport cannot read ends the stream, with the transport's reason.
@@ -271,7 +281,24 @@ async fn what_fails_fails_alone() {
     assert_eq!((status.code(), status.message()), (tonic::Code::OutOfRange, "message too large"));
     assert_eq!(next(&mut replies).await, None);
     drop(replies);
-    assert_eq!(server.end().await, Counts { frames: 5, frames_failed: 4, rows: 1, pairs: 3 });
+    assert_eq!(server.end().await, Counts { frames: 6, frames_failed: 5, frames_late: 0, rows: 1, pairs: 3 });
+}
+
+#[tokio::test]
+async fn a_server_that_loads_takes_no_stream() {
+    let server = Server::start();
+    let Server { engine, streams, .. } = &server;
+    let loading = Streams::new(
+        HIDDEN,
+        engine.queue(),
+        Arc::clone(&streams.counters),
+        Arc::clone(&streams.clock),
+        Tasks::new(),
+    );
+    let error = loading.open(tokio_stream::empty()).unwrap_err();
+    assert_eq!((error.code, error.reason.as_ref()), (Code::Unavailable, "loading"));
+    loading.admit();
+    assert!(loading.open(tokio_stream::empty()).is_ok());
 }
 
 #[tokio::test]

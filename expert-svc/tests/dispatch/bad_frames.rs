@@ -1,7 +1,8 @@
 //! Frames that cannot be computed: each is answered with what is wrong, and the stream goes on.
 
 use bytes::Bytes;
-use proto::{Code, v1};
+use ids::{Epoch, WeightsHash};
+use proto::{Code, checksum::seal_frame, v1};
 
 use crate::{
     checkpoint::Model,
@@ -12,9 +13,9 @@ const HIDDEN: usize = 64;
 
 /// A good frame with one thing changed.
 async fn check(router: &mut Router, change: impl FnOnce(&mut v1::Frame), reason: &str, message: &str) {
-    let mut wire = frame(HIDDEN, 2, &[0, 2]).into_wire();
+    let mut wire = router.plan(frame(HIDDEN, 2, &[0, 2]));
     change(&mut wire);
-    let error = router.ask_wire(wire).await.unwrap_err();
+    let error = router.ask_wire(seal_frame(wire)).await.unwrap_err();
     assert_eq!((error.reason.as_ref(), error.message.as_str()), (reason, message));
     router.ask(frame(HIDDEN, 1, &[1])).await.expect("the stream lives");
 }
@@ -97,4 +98,76 @@ async fn codes_tell_the_routers_what_may_help() {
     assert_eq!(error.code, Code::NotFound, "another holder may have it");
     let error = router.ask(frame(32, 1, &[0])).await.unwrap_err();
     assert_eq!(error.code, Code::InvalidArgument, "no holder will take it");
+}
+
+#[tokio::test]
+async fn a_flipped_bit_fails_its_frame_alone() {
+    let model = Model::random(HIDDEN, 16).write();
+    let server = Server::start(model.dir.path(), &[]).await;
+    let mut router = server.router().await;
+    let flips: [fn(&mut v1::Frame); 6] = [
+        |wire| {
+            let mut data = rows(wire).data.to_vec();
+            data[77] ^= 1;
+            rows(wire).data = data.into();
+        },
+        |wire| wire.layer ^= 2,
+        |wire| wire.assignment_expert[1] ^= 1,
+        |wire| wire.assignment_weight[0] = -wire.assignment_weight[0],
+        |wire| wire.epoch ^= 1 << 40,
+        |wire| wire.weights ^= 1,
+    ];
+    for flip in flips {
+        let mut wire = router.plan(frame(HIDDEN, 2, &[0, 2]));
+        flip(&mut wire);
+        let id = wire.id;
+        router.send(wire).await;
+        let reply = router.reply().await.unwrap();
+        assert_eq!((reply.id.0, reply.epoch, reply.weights), (id, Epoch(0), WeightsHash(0)));
+        let error = reply.outcome.unwrap_err();
+        assert_eq!((error.code, error.reason.as_ref()), (Code::Unavailable, "checksum_mismatch"));
+        assert!(router.ask(frame(HIDDEN, 1, &[1])).await.is_ok(), "the stream lives");
+    }
+    assert_eq!(server.status().await.frames_failed, 6);
+}
+
+#[tokio::test]
+async fn replies_carry_epoch_and_weights_of_their_frames() {
+    let model = Model::random(HIDDEN, 16).write();
+    let server = Server::start(model.dir.path(), &["--experts", "0-3"]).await;
+    let mut router = server.router().await;
+    // An epoch is for the router to compare: experts that are still held are computed whatever was planned with.
+    for (expert, epoch, fails) in [(2, 1, false), (2, 77, false), (7, 78, true)] {
+        let planned = router.plan(frame(HIDDEN, 2, &[expert]));
+        let weights = planned.weights;
+        router.send(seal_frame(v1::Frame { epoch, ..planned })).await;
+        let reply = router.reply().await.unwrap();
+        assert_eq!((reply.epoch.0, reply.weights.0), (epoch, weights));
+        assert_eq!(reply.outcome.is_err(), fails);
+    }
+}
+
+#[tokio::test]
+async fn frames_for_other_weights_are_refused() {
+    let model = Model::random(HIDDEN, 16).write();
+    let other = Model::random(HIDDEN, 16).with(1, 2, |weights| weights.down[3] += 1.0).write();
+    let (server, other) =
+        (Server::start(model.dir.path(), &[]).await, Server::start(other.dir.path(), &[]).await);
+    let (mut router, mut elsewhere) = (server.router().await, other.router().await);
+    let (ours, theirs) = (frame(HIDDEN, 2, &[2, 5]), frame(HIDDEN, 2, &[0, 5]));
+    let wire = elsewhere.plan(ours.clone());
+    let message = format!(
+        "layer 1: the frame asks for weights {}, its experts have {} here",
+        WeightsHash(wire.weights),
+        WeightsHash(router.plan(ours.clone()).weights)
+    );
+    let error = router.ask_wire(wire).await.unwrap_err();
+    assert_eq!((error.code, error.reason.as_ref()), (Code::Unavailable, "weights_mismatch"));
+    assert_eq!(error.message, message);
+    // What was planned with one server's weights is computed by any server with the same.
+    let wire = elsewhere.plan(theirs.clone());
+    let (first, second) =
+        (router.ask_wire(wire.clone()).await.unwrap(), elsewhere.ask_wire(wire).await.unwrap());
+    assert_eq!(first.rows, second.rows);
+    assert!(router.ask(ours).await.is_ok());
 }

@@ -1,10 +1,15 @@
 //! One server in this process behind a real socket, and routers that talk to it.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::Path,
+    time::Duration,
+};
 
 use clap::Parser;
 use futures_util::Future;
-use ids::{ExpertId, FrameId, LayerId, RowIndex};
+use ids::{Epoch, ExpertId, FrameId, LayerId, RowIndex, WeightsHash};
 use proto::{
     Error, Frame, HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, Reply,
     frame::{Assignment, Combine, Computed},
@@ -101,20 +106,38 @@ pub(crate) fn client(channel: Channel) -> ExpertClient<Channel> {
 
 /// One dispatch stream.
 pub(crate) struct Router {
+    /// Of the server's holdings when the stream was opened.
+    epoch: Epoch,
+    weights: BTreeMap<(LayerId, ExpertId), WeightsHash>,
     pub(crate) frames: mpsc::Sender<v1::Frame>,
     pub(crate) replies: Streaming<v1::Reply>,
 }
 
 impl Router {
     pub(crate) async fn open(client: &mut ExpertClient<Channel>) -> Self {
+        let status = watched("status", client.status(v1::ExpertStatusRequest {})).await.unwrap().into_inner();
+        let weights = status.holds.iter().flat_map(|held| {
+            let experts = held.experts.iter().zip(&held.weights);
+            experts.map(|(&expert, &hash)| ((LayerId(held.layer), ExpertId(expert)), WeightsHash(hash)))
+        });
+        let (epoch, weights) = (Epoch(status.epoch), weights.collect());
         let (frames, receiver) = mpsc::channel(1);
         let call = client.dispatch(ReceiverStream::new(receiver));
         let replies = watched("dispatch", call).await.unwrap().into_inner();
-        Self { frames, replies }
+        Self { epoch, weights, frames, replies }
     }
 
-    pub(crate) async fn send(&self, frame: impl Into<v1::Frame>) {
-        watched("send", self.frames.send(frame.into())).await.expect("the server does not read");
+    /// The frame as a router sends it: with the epoch and the weights that it planned with.
+    pub(crate) fn plan(&self, frame: Frame) -> v1::Frame {
+        let experts: BTreeSet<ExpertId> =
+            frame.assignments.iter().map(|assignment| assignment.expert).collect();
+        let weights = experts.iter().filter_map(|&expert| self.weights.get(&(frame.layer, expert)));
+        let weights = weights.fold(WeightsHash::default(), |sum, &hash| sum.and(hash));
+        Frame { epoch: self.epoch, weights, ..frame }.into_wire()
+    }
+
+    pub(crate) async fn send(&self, frame: v1::Frame) {
+        watched("send", self.frames.send(frame)).await.expect("the server does not read");
     }
 
     /// The next reply; None at a clean end.
@@ -133,7 +156,7 @@ impl Router {
     }
 
     pub(crate) async fn ask(&mut self, frame: Frame) -> Result<Computed, Error> {
-        self.ask_wire(frame.into_wire()).await
+        self.ask_wire(self.plan(frame)).await
     }
 }
 
@@ -156,6 +179,8 @@ pub(crate) fn frame(hidden: usize, n_rows: usize, experts: &[u32]) -> Frame {
         combine: Combine::Fast,
         timeout: None,
         traceparent: String::new(),
+        epoch: Epoch::default(),
+        weights: WeightsHash::default(),
     }
 }
 

@@ -53,6 +53,15 @@ async fn a_missing_expert_is_named_at_the_start() {
 }
 
 #[tokio::test]
+async fn a_server_stopped_while_it_starts_ends() {
+    let model = Model::random(64, 16).write();
+    let tasks = Tasks::new();
+    tasks.begin_shutdown();
+    // It may have loaded before it hears of it.
+    watched("end", expert_svc::run(args(model.dir.path(), &[]), tasks, |_| {})).await.unwrap();
+}
+
+#[tokio::test]
 async fn reflection_lists_what_is_served() {
     let model = Model::random(64, 16).write();
     let server = Server::start(model.dir.path(), &[]).await;
@@ -96,7 +105,7 @@ async fn drain_ends_streams_and_watches_cleanly() {
     }
 
     // A frame that was sent before the drain is answered or left to the router, and the stream ends cleanly.
-    router.send(frame(64, 4, &[2]).into_wire()).await;
+    router.send(router.plan(frame(64, 4, &[2]))).await;
     server.tasks.begin_shutdown();
     if let Some(reply) = router.reply().await {
         reply.outcome.unwrap();
@@ -118,7 +127,7 @@ async fn unread(server: &Server) -> (Router, usize) {
     let router = server.router().await;
     let n_frames = 4;
     for _ in 0..n_frames {
-        router.send(frame(64, 16_384, &[0]).into_wire()).await;
+        router.send(router.plan(frame(64, 16_384, &[0]))).await;
     }
     let mut client = server.client().await;
     let received = async {
@@ -136,9 +145,17 @@ async fn drain_says_so_and_answers_what_it_has() {
     let (mut router, n_frames) = unread(&server).await;
     assert_eq!(client.status(ExpertStatusRequest {}).await.unwrap().into_inner().state, "ready");
     server.tasks.begin_shutdown();
+    let refused = async {
+        loop {
+            // One that is taken just before the drain begins ends with it.
+            if let Err(error) = client.dispatch(tokio_stream::pending()).await {
+                return proto::Error::from_status(&error);
+            }
+        }
+    };
+    let error = watched("refusal", refused).await;
+    assert_eq!((error.code, error.reason.as_ref()), (Code::Unavailable, "draining"));
     assert_eq!(client.status(ExpertStatusRequest {}).await.unwrap().into_inner().state, "draining");
-    let error = client.dispatch(tokio_stream::pending()).await.unwrap_err();
-    assert_eq!(proto::Error::from_status(&error).code, Code::Unavailable);
     for _ in 0..n_frames {
         router.reply().await.unwrap().outcome.unwrap();
     }

@@ -1,5 +1,6 @@
 //! Large frames, large replies, and several streams on one connection.
 
+use ids::{FrameId, LayerId};
 use proto::{
     Code, Frame, MESSAGE_BYTES_MAX,
     frame::{Combine, FRAME_BYTES_MAX},
@@ -83,8 +84,8 @@ async fn a_stream_that_is_not_read_stops_no_other() {
     let (mut first, mut second) = (Router::open(&mut client).await, Router::open(&mut client).await);
     // Replies of 12 MiB: more than a stream's window.
     let frame = Frame { combine: Combine::Pairs, ..frame(HIDDEN, ROWS_MAX, &[0, 4, 6]) };
-    first.send(frame.clone().into_wire()).await;
-    second.send(frame.into_wire()).await;
+    first.send(first.plan(frame.clone())).await;
+    second.send(second.plan(frame)).await;
     for router in [&mut second, &mut first] {
         let reply = router.reply().await.unwrap();
         assert_eq!(reply.outcome.unwrap().rows.n_bytes(), 3 * FRAME_BYTES_MAX);
@@ -96,7 +97,7 @@ async fn a_router_that_only_writes_stops_no_other() {
     let (_model, server) = server().await;
     let mut client = server.client().await;
     let (deaf, mut other) = (Router::open(&mut client).await, Router::open(&mut client).await);
-    let large = frame(HIDDEN, ROWS_MAX, &[0]).into_wire();
+    let large = deaf.plan(frame(HIDDEN, ROWS_MAX, &[0]));
     let (mut sent, mut asked) = (0, 0);
     // Its replies fill its slots, then its frames fill its window, while the other is answered over the same
     // connection. On the way between them are two frames in the window and a few in the client's own buffers.
@@ -129,8 +130,8 @@ async fn many_streams_that_are_read_late_are_all_answered() {
         let router = Router::open(&mut client).await;
         for layer in [1, 2] {
             let small = frame(HIDDEN, 64, &[id % 8, (id + 3) % 8]);
-            let wire = v1::Frame { id: u64::from(id), layer, ..small.into_wire() };
-            router.send(wire).await;
+            let frame = Frame { id: FrameId(u64::from(id)), layer: LayerId(layer), ..small };
+            router.send(router.plan(frame)).await;
         }
         routers.push(router);
     }

@@ -1,6 +1,9 @@
 //! What a server says about itself.
 
-use proto::{WIRE_VERSION, v1};
+use std::collections::BTreeMap;
+
+use ids::LayerId;
+use proto::{Frame, WIRE_VERSION, v1};
 
 use crate::{
     checkpoint::{Model, N_EXPERTS},
@@ -25,6 +28,9 @@ async fn status_says_what_is_held_and_done() {
     assert!(status.device.starts_with("cpu "), "{}", status.device);
     assert!(!status.checkpoint.is_empty() && !status.version.is_empty());
 
+    assert_eq!((status.epoch, status.placement, status.frames_late), (1, 0, 0));
+    assert!(status.memory_bytes_max > status.shard_bytes, "{}", status.memory_bytes_max);
+
     let mut router = server.router().await;
     router.ask(frame(64, 5, &[2, 3])).await.unwrap();
     router.ask(frame(64, 1, &[0])).await.unwrap_err();
@@ -46,6 +52,39 @@ async fn instances_differ_and_checkpoints_agree() {
 }
 
 #[tokio::test]
+async fn holders_of_an_expert_agree_on_its_weights() {
+    let model = Model::random(64, 16).write();
+    let changed = Model::random(64, 16).with(2, 3, |weights| weights.up[0] += 1.0).write();
+    let weights = async |model: &Model, flags: &[&str]| -> BTreeMap<(u32, u32), u64> {
+        let status = Server::start(model.dir.path(), flags).await.status().await;
+        let layers = status.holds.into_iter().flat_map(|held| {
+            assert_eq!(held.experts.len(), held.weights.len());
+            let ids = held.experts.into_iter().map(move |expert| (held.layer, expert));
+            ids.zip(held.weights)
+        });
+        layers.collect()
+    };
+    let all = weights(&model, &[]).await;
+    assert_eq!(all.len(), 16);
+    let part = weights(&model, &["--shard", "1/8,4/8"]).await;
+    assert_eq!(part.keys().copied().collect::<Vec<_>>(), [(1, 0), (1, 3), (2, 0), (2, 3)]);
+    assert!(part.iter().all(|(id, hash)| all[id] == *hash));
+    let changed = weights(&changed, &[]).await;
+    let differ: Vec<_> = all.keys().filter(|id| all[*id] != changed[*id]).collect();
+    assert_eq!(differ, [&(2, 3)]);
+}
+
+#[tokio::test]
+async fn a_static_registry_registers_nobody() {
+    let model = Model::random(64, 16).write();
+    let flags =
+        ["--registry", "static://127.0.0.1:7001", "--memory-max", "3GiB", "--advertise", "expert-1:7001"];
+    let status = Server::start(model.dir.path(), &flags).await.status().await;
+    assert_eq!(holds(&status).len(), 2, "all is held, as without a registry");
+    assert_eq!((status.memory_bytes_max, status.address.as_str()), (3 << 30, "expert-1:7001"));
+}
+
+#[tokio::test]
 async fn half_the_experts_map_half_the_bytes() {
     // Experts of 768 KiB: pages at their ends weigh little.
     let model = Model::random(256, 256).write();
@@ -62,8 +101,8 @@ async fn half_the_experts_map_half_the_bytes() {
     let server = Server::start(model.dir.path(), &["--shard", "1/2"]).await;
     let mut router = server.router().await;
     for layer in [1, 2] {
-        let frame = frame(256, 2, &[0, 1, 2, 3]);
-        router.ask_wire(v1::Frame { layer, ..frame.into_wire() }).await.unwrap();
+        let frame = Frame { layer: LayerId(layer), ..frame(256, 2, &[0, 1, 2, 3]) };
+        router.ask(frame).await.unwrap();
     }
     let used = server.status().await;
     assert!(used.resident_bytes >= used.shard_bytes, "{} of {}", used.resident_bytes, used.shard_bytes);

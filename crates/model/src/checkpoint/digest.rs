@@ -1,0 +1,47 @@
+//! XXH3-64 over tensors as they are stored. Read through the file and not through a mapping: what a disk cannot read or a
+//! file has lost is an error here, where a mapping would end the process.
+
+use std::{fs::File, hash::Hasher as _, os::unix::fs::FileExt as _, path::Path};
+
+use ids::WeightsHash;
+use twox_hash::XxHash3_64;
+
+use super::Checkpoint;
+use crate::Error;
+
+/// Bytes read at once: large enough for a disk, small enough for a core's cache.
+const CHUNK_BYTES: usize = 256 << 10;
+
+impl Checkpoint {
+    /// Of the named tensors' bytes, one tensor after the other; their shapes must be as given. Reads all of them once.
+    pub(crate) fn digest(&self, tensors: &[(String, Vec<usize>)]) -> Result<WeightsHash, Error> {
+        let mut hash = XxHash3_64::new();
+        let mut buffer = vec![0; CHUNK_BYTES];
+        for (name, shape) in tensors {
+            let (info, _) = self.info(name, shape)?;
+            let path = &self.files[info.file];
+            read(path, info.offset, info.n_bytes, &mut buffer, |bytes| hash.write(bytes)).map_err(
+                |error| Error::new(format!("cannot read tensor {name} in {}: {error}", path.display())),
+            )?;
+        }
+        Ok(WeightsHash(hash.finish()))
+    }
+}
+
+fn read(
+    path: &Path,
+    offset: u64,
+    n_bytes: u64,
+    buffer: &mut [u8],
+    mut see: impl FnMut(&[u8]),
+) -> std::io::Result<()> {
+    let file = File::open(path)?;
+    let (mut at, end) = (offset, offset + n_bytes);
+    while at < end {
+        let chunk = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+        file.read_exact_at(&mut buffer[..chunk], at)?;
+        see(&buffer[..chunk]);
+        at += chunk as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! What is held at one moment, and how the next such moment is made: a whole new set is loaded beside the old one and
+//! takes its place at once. Frames under way keep the set that they began with.
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use arc_swap::ArcSwap;
+use cluster::Holds;
+use ids::{Epoch, ExpertId};
+use model::{Checkpoint, Experts};
+
+/// Some routed experts of one checkpoint.
+pub(crate) struct Shard {
+    checkpoint: Checkpoint,
+    pinned: Holds,
+    memory_bytes_max: u64,
+    held: ArcSwap<Held>,
+    /// Whoever has it makes the next set.
+    changing: Mutex<()>,
+    stopped: AtomicBool,
+}
+
+/// The experts held at one moment.
+pub(crate) struct Held {
+    pub(crate) experts: Experts,
+    pub(crate) holds: Holds,
+    /// 0: nothing was loaded so far.
+    pub(crate) epoch: Epoch,
+}
+
+/// Why the set held stays as it is.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HoldError {
+    #[error(transparent)]
+    Load(#[from] model::Error),
+    #[error("they have {needed} bytes with what is pinned, at most {max} bytes may be held here")]
+    TooLarge { needed: u64, max: u64 },
+}
+
+impl Shard {
+    /// Holds nothing yet. `pinned`: experts that [`Shard::hold`] always adds, whatever their size.
+    pub(crate) fn new(checkpoint: Checkpoint, pinned: &[ExpertId], memory_bytes_max: u64) -> Self {
+        let pinned = Holds::of_layers(checkpoint.config().moe_layers(), pinned);
+        let nothing = Held { experts: Experts::default(), holds: Holds::default(), epoch: Epoch::default() };
+        Self {
+            checkpoint,
+            pinned,
+            memory_bytes_max,
+            held: ArcSwap::from_pointee(nothing),
+            changing: Mutex::default(),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// Holds `wanted` and what is pinned from now on, and nothing else. Takes as long as it takes to read what is new;
+    /// at an error, what was held stays.
+    pub(crate) fn hold(&self, wanted: &Holds) -> Result<Arc<Held>, HoldError> {
+        // Guards no data that a panic could leave half written.
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.held();
+        let holds: Holds = self.pinned.iter().chain(wanted.iter()).collect();
+        if holds == before.holds && before.epoch > Epoch::default() {
+            return Ok(before);
+        }
+        let pairs: Vec<_> = holds.iter().collect();
+        if holds != self.pinned {
+            let needed = Experts::bytes_of(&self.checkpoint, pairs.iter().copied())?;
+            if needed > self.memory_bytes_max {
+                return Err(HoldError::TooLarge { needed, max: self.memory_bytes_max });
+            }
+        }
+        let go_on = || !self.stopped.load(Ordering::Relaxed);
+        let experts = Experts::load_after(&before.experts, &self.checkpoint, &pairs, &go_on)?;
+        let held = Arc::new(Held { experts, holds, epoch: Epoch(before.epoch.0 + 1) });
+        self.held.store(Arc::clone(&held));
+        Ok(held)
+    }
+
+    /// Ends a [`Shard::hold`] under way soon, with an error: nobody waits for it any more.
+    pub(crate) fn stop_loading(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn held(&self) -> Arc<Held> {
+        self.held.load_full()
+    }
+
+    pub(crate) const fn pinned(&self) -> &Holds {
+        &self.pinned
+    }
+
+    pub(crate) const fn memory_bytes_max(&self) -> u64 {
+        self.memory_bytes_max
+    }
+
+    pub(crate) fn hidden_size(&self) -> usize {
+        self.checkpoint.config().hidden_size
+    }
+
+    /// The checkpoint's fingerprint.
+    pub(crate) fn checkpoint(&self) -> &str {
+        self.checkpoint.fingerprint()
+    }
+}
+
+/// `layers 1-2: experts 0-3`, for messages to people.
+pub(crate) fn describe(holds: &Holds) -> String {
+    if holds.is_empty() {
+        return "nothing".to_owned();
+    }
+    let lists = holds.layers().map(|(layer, experts)| (layer, experts.iter().copied().collect()));
+    cluster::table::describe(&lists.collect())
+}
