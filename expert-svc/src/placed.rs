@@ -1,9 +1,9 @@
 //! Follows the placement: what it wants of this instance is held, beside what is pinned.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use cluster::{Holds, Placement};
-use ids::{InstanceId, Version};
+use ids::Version;
 use telemetry::Tasks;
 use tokio::sync::watch;
 
@@ -12,12 +12,8 @@ use crate::{
     shard::{Held, describe},
 };
 
-/// What `placement` wants of `instance`, nothing if it does not name it. None if the placement is not newer than
-/// `last`: a leader that has been replaced may still write, and is not obeyed.
-pub(crate) fn apply(placement: &Placement, instance: &InstanceId, last: Version) -> Option<Holds> {
-    let wanted = || placement.wanted.get(instance.as_str()).cloned().unwrap_or_default();
-    (placement.version > last).then(wanted)
-}
+/// How long a placement that could not be applied waits for another try: a disk may have been busy, memory may be freed.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 /// Applies each placement until `tasks` shuts down. While one is applied, only the latest of those that follow waits.
 pub(crate) async fn follow(
@@ -29,14 +25,24 @@ pub(crate) async fn follow(
     let followed = async {
         loop {
             let placement = placements.borrow_and_update().clone();
-            if let Some(placement) = placement
-                && let Some(wanted) = apply(&placement, presence.instance(), last)
-            {
-                // One that fails is not tried again: the record shows that it was not applied, and the leader decides.
-                last = placement.version;
-                hold(&presence, placement.version, wanted).await;
-            }
-            if placements.changed().await.is_err() {
+            let news = placement.as_ref().and_then(|placement| {
+                Some((placement.version, placement.news_for(presence.instance(), last)?.clone()))
+            });
+            let applied = match news {
+                Some((version, wanted)) => {
+                    let applied = hold(&presence, version, wanted).await;
+                    if applied {
+                        last = version;
+                    }
+                    applied
+                }
+                None => true,
+            };
+            let ended = tokio::select! {
+                changed = placements.changed() => changed.is_err(),
+                () = tokio::time::sleep(TRY_AGAIN), if !applied => false,
+            };
+            if ended {
                 return;
             }
         }
@@ -47,8 +53,8 @@ pub(crate) async fn follow(
     }
 }
 
-/// Off the threads that serve: reading weights takes as long as the disk needs.
-async fn hold(presence: &Presence, version: Version, wanted: Holds) {
+/// Off the threads that serve: reading weights takes as long as the disk needs. False: what was held stays.
+async fn hold(presence: &Presence, version: Version, wanted: Holds) -> bool {
     let shard = Arc::clone(presence.shard());
     let names = describe(&wanted);
     tracing::info!(%version, wanted = names, "applying a placement");
@@ -64,12 +70,13 @@ async fn hold(presence: &Presence, version: Version, wanted: Holds) {
                 shard_bytes = experts.shard_bytes(),
                 "placement applied"
             );
-            return;
+            return true;
         }
         Ok(Err(error)) => error.to_string(),
         Err(error) => error.to_string(),
     };
     tracing::error!(%version, wanted = names, error, "placement refused, what was held stays");
+    false
 }
 
 #[cfg(test)]

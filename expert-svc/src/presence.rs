@@ -91,6 +91,7 @@ impl Presence {
                 device: device(),
                 bytes: held.experts.shard_bytes(),
                 memory_bytes_max: self.shard.memory_bytes_max(),
+                expert_bytes: self.shard.expert_bytes(),
                 placement: now.placement,
             }),
         }

@@ -130,3 +130,34 @@ impl Placement {
         if self.version > applied { self.wanted.get(instance.as_str()) } else { None }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_newer_placement_that_names_the_instance_is_obeyed() {
+        let holds = |text: &str| text.parse::<Holds>().unwrap_or_default();
+        let wanted = BTreeMap::from([("me".to_owned(), holds("1:2-3"))]);
+        let placement = Placement { version: Version(4), leader: "router".into(), wanted };
+        assert_eq!(placement.news_for(&"me".into(), Version(3)), Some(&holds("1:2-3")));
+        assert_eq!(placement.news_for(&"me".into(), Version(4)), None);
+        assert_eq!(placement.news_for(&"me".into(), Version(5)), None);
+        assert_eq!(
+            placement.news_for(&"somebody".into(), Version(0)),
+            None,
+            "a leader that has not heard of it"
+        );
+    }
+
+    #[test]
+    fn records_are_json_and_unknown_fields_are_ignored() {
+        let text = r#"{"instance":"a","address":"h:1","state":"ready","checkpoint":"c","wire_version":2,"version":"0",
+            "holdings":{"epoch":3,"holds":"1-2:0-3","device":"cpu","bytes":8,"memory_bytes_max":9,"new":1},"newer":[]}"#;
+        let record: Record = serde_json::from_str(text).unwrap();
+        let holdings = record.holdings.as_ref().unwrap();
+        assert_eq!((holdings.epoch, holdings.holds.len(), holdings.placement), (Epoch(3), 8, Version(0)));
+        let again: Record = serde_json::from_str(&serde_json::to_string(&record).unwrap()).unwrap();
+        assert_eq!(again, record);
+    }
+}

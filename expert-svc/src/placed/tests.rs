@@ -26,22 +26,6 @@ fn placement(version: u64, wanted: &[(&str, &str)]) -> Placement {
     Placement { version: Version(version), leader: "router".into(), wanted: wanted.collect() }
 }
 
-#[test]
-fn only_a_newer_placement_is_obeyed() {
-    let check = |version, last, expected: Option<&str>| {
-        let placement = placement(version, &[("me", "1:2-3"), ("other", "1:4")]);
-        let wanted = apply(&placement, &"me".into(), Version(last));
-        assert_eq!(wanted, expected.map(|holds| holds.parse().unwrap()), "{version} after {last}");
-    };
-    check(1, 0, Some("1:2-3"));
-    check(9, 3, Some("1:2-3"));
-    check(3, 3, None);
-    check(2, 3, None);
-    check(0, 0, None);
-    let unnamed = placement(4, &[("other", "1:4")]);
-    assert_eq!(apply(&unnamed, &"me".into(), Version(3)), Some(Holds::default()));
-}
-
 /// An instance called "me" that follows what the test publishes.
 struct Follower {
     /// Keeps the checkpoint's files.
@@ -117,7 +101,7 @@ async fn the_record_says_what_is_held_and_which_placement_that_is() {
     // A newer placement that changes nothing here is applied too.
     follower.publish(4, &[("me", "1:2-3")]);
     assert_eq!(follower.applied(4).await, (2, "1:0,2-3;2:0".to_owned()));
-    follower.publish(6, &[("other", "2:4")]);
+    follower.publish(6, &[("me", "")]);
     assert_eq!(follower.applied(6).await, (3, "1-2:0".to_owned()));
     follower.end().await;
 }

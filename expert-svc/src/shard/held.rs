@@ -16,6 +16,8 @@ pub(crate) struct Shard {
     checkpoint: Checkpoint,
     pinned: Holds,
     memory_bytes_max: u64,
+    /// Of the largest expert.
+    expert_bytes: u64,
     held: ArcSwap<Held>,
     /// Whoever has it makes the next set.
     changing: Mutex<()>,
@@ -43,15 +45,26 @@ impl Shard {
     /// Holds nothing yet. `pinned`: experts that [`Shard::hold`] always adds, whatever their size.
     pub(crate) fn new(checkpoint: Checkpoint, pinned: &[ExpertId], memory_bytes_max: u64) -> Self {
         let pinned = Holds::of_layers(checkpoint.config().moe_layers(), pinned);
+        let config = checkpoint.config();
+        let experts = (0..config.n_routed_experts as u32).map(ExpertId);
+        let every = config.moe_layers().flat_map(|layer| experts.clone().map(move |expert| (layer, expert)));
+        // Files of experts that are not held here may be missing.
+        let expert_bytes =
+            every.filter_map(|pair| Experts::bytes_of(&checkpoint, [pair]).ok()).max().unwrap_or(0);
         let nothing = Held { experts: Experts::default(), holds: Holds::default(), epoch: Epoch::default() };
         Self {
             checkpoint,
             pinned,
             memory_bytes_max,
+            expert_bytes,
             held: ArcSwap::from_pointee(nothing),
             changing: Mutex::default(),
             stopped: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) const fn expert_bytes(&self) -> u64 {
+        self.expert_bytes
     }
 
     /// Holds `wanted` and what is pinned from now on, and nothing else. Takes as long as it takes to read what is new;
