@@ -4,15 +4,10 @@
 use std::sync::Arc;
 
 use futures_util::{Stream, stream};
-use proto::{Code, Error, v1};
+use proto::{Error, v1};
 use text::{Detokenizer, Prompt, Reasoning, StopStrings, TextModel};
-use tonic::Streaming;
 
-use crate::{
-    request::Ask,
-    route::{Routed, failure},
-    service::Gateway,
-};
+use crate::{repair::Replies, request::Ask, service::Gateway};
 
 /// Why a choice ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +41,8 @@ pub(crate) struct Usage {
     pub(crate) reasoning_tokens: u32,
     pub(crate) experts: u32,
     pub(crate) servers: u32,
+    /// Experts that had no holder and were left out: the answer is degraded.
+    pub(crate) experts_masked: u32,
 }
 
 impl Usage {
@@ -56,6 +53,7 @@ impl Usage {
         self.reasoning_tokens += other.reasoning_tokens;
         self.experts = self.experts.max(other.experts);
         self.servers = self.servers.max(other.servers);
+        self.experts_masked = self.experts_masked.max(other.experts_masked);
     }
 }
 
@@ -75,8 +73,7 @@ pub(crate) struct Answer {
     model: Arc<TextModel>,
     choice: usize,
     // Dropping the replies cancels the sequence at its router.
-    replies: Option<Streaming<v1::GenerateReply>>,
-    _routed: Routed,
+    replies: Option<Replies>,
     detokenizer: Detokenizer,
     stops: StopStrings,
     reasoning: Option<Reasoning>,
@@ -92,7 +89,7 @@ impl Answer {
         ask: &Ask,
         prompt: &Prompt,
         choice: usize,
-        (routed, replies, stop_ids): (Routed, Streaming<v1::GenerateReply>, Vec<u32>),
+        (replies, stop_ids): (Replies, Vec<u32>),
     ) -> Result<Self, Error> {
         let detokenizer = Detokenizer::new(Arc::clone(&gateway.model), &prompt.ids, ask.chat)
             .map_err(|error| internal(&error))?;
@@ -100,7 +97,6 @@ impl Answer {
             model: Arc::clone(&gateway.model),
             choice,
             replies: Some(replies),
-            _routed: routed,
             detokenizer,
             stops: StopStrings::new(ask.options.stop.clone()),
             reasoning: ask.chat.then(|| Reasoning::new(prompt.starts_in_reasoning)),
@@ -125,13 +121,8 @@ impl Answer {
     async fn next(&mut self) -> Result<Delta, Error> {
         loop {
             let replies = self.replies.as_mut().ok_or_else(|| Error::internal("the answer has ended"))?;
-            let reply = replies.message().await.map_err(|status| failure(&status))?.ok_or_else(|| {
-                Error::new(
-                    Code::Unavailable,
-                    "router_gone",
-                    "the router ended the stream before the answer ended",
-                )
-            })?;
+            let reply =
+                replies.next().await?.ok_or_else(|| Error::internal("the answer has ended already"))?;
             let mut delta = Delta { choice: self.choice, ..Delta::default() };
             let mut stopped = false;
             for token in &reply.tokens {
@@ -143,6 +134,7 @@ impl Answer {
             if let Some(usage) = reply.usage {
                 self.usage.experts = usage.experts;
                 self.usage.servers = usage.servers;
+                self.usage.experts_masked = self.usage.experts_masked.max(usage.experts_masked);
             }
             if stopped {
                 // The sequence ends here, whatever the router would say.

@@ -14,7 +14,7 @@ pub struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, env = "SHOAL_LISTEN", default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
     pub listen: SocketAddr,
-    /// Where the routers are: static://host:port,host:port
+    /// Where the routers are: static://host:port,host:port or etcd://host:2379/prefix
     #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL")]
     pub registry: Registry,
     /// What clients call the model [default: the checkpoint folder's name]
@@ -35,6 +35,12 @@ pub struct Args {
     /// Most requests at once; one more is refused with 429
     #[arg(long, env = "SHOAL_REQUESTS_MAX", default_value_t = 1024)]
     pub requests_max: usize,
+    /// How often an answer may go on at another router because its own has died
+    #[arg(long, env = "SHOAL_REPAIRS_MAX", default_value_t = 8)]
+    pub repairs_max: u32,
+    /// How long an answer that lost its router waits for another one
+    #[arg(long, env = "SHOAL_REPAIR_WAIT", default_value = "10s", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub repair_wait: Duration,
     /// How long running answers may take to finish after SIGTERM
     #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,

@@ -167,7 +167,7 @@ impl Door {
         let id = uuid::Uuid::new_v4().simple().to_string();
         let options = checked(options.unwrap_or_default())?;
         let ask = Ask { id: id.clone(), prompts: vec![prompt], n: 1, options, chat };
-        Ok((format!("{prefix}-{id}"), serve(&self.0, ask).await?))
+        Ok((format!("{prefix}-{id}"), serve(&self.0, ask).await?.deltas))
     }
 
     /// No name is any name: one model is served.
@@ -208,6 +208,7 @@ fn usage(usage: &Usage) -> v1::TokenUsage {
         reasoning_tokens: usage.reasoning_tokens,
         experts: usage.experts,
         servers: usage.servers,
+        experts_masked: usage.experts_masked,
     }
 }
 

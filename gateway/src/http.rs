@@ -23,12 +23,14 @@ use crate::{
         completions::{self, RawPrompt},
         fields::Fields,
     },
-    request::{Ask, Deltas, serve},
+    request::{Ask, Deltas, Served, serve},
     service::Gateway,
     sse,
 };
 
 const REQUEST_ID: &str = "x-request-id";
+/// On answers for which experts were left out.
+const DEGRADED: &str = "x-shoal-degraded";
 /// A client's own request id is taken up to this length.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -100,13 +102,15 @@ async fn chat_completions(
     let head = head(&gateway, "chatcmpl", &id);
     let wants_logprobs = request.options.top_logprobs.is_some();
     let ask = Ask { id, prompts: vec![prompt], n: request.n, options: request.options, chat: true };
-    let deltas = serve(&gateway, ask).await?;
+    let Served { deltas, degraded } = serve(&gateway, ask).await?;
     if request.streaming.stream {
-        return Ok(stream_chat(head, deltas, request.n, request.streaming.include_usage));
+        let response = stream_chat(head, deltas, request.n, request.streaming.include_usage);
+        return Ok(mark_degraded(response, degraded));
     }
     let mut whole = chat::Whole::new(request.n, wants_logprobs);
     collect(deltas, |delta| whole.add(delta)).await?;
-    Ok(Json(whole.into_json(&head)).into_response())
+    let degraded = whole.usage().experts_masked > 0;
+    Ok(mark_degraded(Json(whole.into_json(&head)).into_response(), degraded))
 }
 
 fn stream_chat(head: Head, deltas: Deltas, n: usize, include_usage: bool) -> Response {
@@ -135,21 +139,31 @@ async fn text_completions(
     let head = head(&gateway, "cmpl", &id);
     let wants_logprobs = request.options.top_logprobs.is_some();
     let ask = Ask { id, prompts, n, options: request.options, chat: false };
-    let deltas = serve(&gateway, ask).await?;
+    let Served { deltas, degraded } = serve(&gateway, ask).await?;
     let mut whole = completions::Whole::new(n_prompts, n, wants_logprobs);
     if request.streaming.stream {
         let include_usage = request.streaming.include_usage;
-        return Ok(sse::response(events(deltas, move |event| match event {
+        let response = sse::response(events(deltas, move |event| match event {
             Event::Delta(delta) => {
                 let chunk = completions::delta_chunk(&head, &delta);
                 whole.add(delta);
                 Some(chunk)
             }
             Event::End => include_usage.then(|| completions::usage_chunk(&head, whole.usage())),
-        })));
+        }));
+        return Ok(mark_degraded(response, degraded));
     }
     collect(deltas, |delta| whole.add(delta)).await?;
-    Ok(Json(whole.into_json(&head)).into_response())
+    let degraded = whole.usage().experts_masked > 0;
+    Ok(mark_degraded(Json(whole.into_json(&head)).into_response(), degraded))
+}
+
+/// Says in a header that experts were left out, or, before a stream, that they will be.
+fn mark_degraded(mut response: Response, degraded: bool) -> Response {
+    if degraded {
+        response.headers_mut().insert(DEGRADED, HeaderValue::from_static("experts"));
+    }
+    response
 }
 
 pub(crate) fn raw_prompts(gateway: &Gateway, prompts: Vec<RawPrompt>) -> Result<Vec<Prompt>, Error> {
@@ -285,8 +299,9 @@ fn card(gateway: &Gateway) -> Value {
 }
 
 /// Alive: this process answers.
-async fn health() -> StatusCode {
-    StatusCode::OK
+async fn health(State(gateway): State<Arc<Gateway>>) -> Response {
+    let repairs = &gateway.repairs;
+    Json(json!({ "repairs": repairs.done.get(), "repairs_failed": repairs.failed.get() })).into_response()
 }
 
 /// Ready: a request that comes in now can be answered.

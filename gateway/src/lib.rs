@@ -4,9 +4,11 @@
 mod admit;
 mod answer;
 mod args;
+mod choose;
 mod grpc;
 mod http;
 mod openai;
+mod repair;
 mod request;
 mod route;
 mod service;

@@ -38,7 +38,7 @@ fn usage(usage: &Usage) -> Value {
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "completion_tokens_details": { "reasoning_tokens": usage.reasoning_tokens },
-        "shoal": { "experts": usage.experts, "servers": usage.servers },
+        "shoal": { "experts": usage.experts, "servers": usage.servers, "experts_masked": usage.experts_masked },
     })
 }
 

@@ -1,4 +1,4 @@
-//! One request, whatever door it came through: admit → route → stream. Knows no HTTP and no JSON.
+//! One request, whatever door it came through: admit → route → stream → repair. Knows no HTTP and no JSON.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -9,7 +9,7 @@ use text::Prompt;
 use crate::{
     admit::{Admitted, admit},
     answer::{Answer, Delta},
-    route::failure,
+    repair::Replies,
     service::Gateway,
 };
 
@@ -44,40 +44,50 @@ pub(crate) struct Ask {
 
 pub(crate) type Deltas = Pin<Box<dyn Stream<Item = Result<Delta, Error>> + Send>>;
 
+/// An answer that has begun.
+pub(crate) struct Served {
+    pub(crate) deltas: Deltas,
+    /// It is known already that experts will be left out. Usage says in the end whether they were.
+    pub(crate) degraded: bool,
+}
+
 /// Answers `ask`: a stream of pieces, in which each choice ends with a piece that says why. Dropping the stream cancels
 /// what is left of it.
-pub(crate) async fn serve(gateway: &Arc<Gateway>, ask: Ask) -> Result<Deltas, Error> {
+pub(crate) async fn serve(gateway: &Arc<Gateway>, ask: Ask) -> Result<Served, Error> {
     let admitted = admit(gateway, ask)?;
+    let mut degraded = false;
     let mut answers = Vec::with_capacity(admitted.ask.prompts.len() * admitted.ask.n);
     for (prompt_idx, prompt) in admitted.ask.prompts.iter().enumerate() {
         for i in 0..admitted.ask.n {
             let choice = prompt_idx * admitted.ask.n + i;
-            answers.push(start(gateway, &admitted, prompt, choice).await?);
+            let (answer, known_degraded) = start(gateway, &admitted, prompt, choice).await?;
+            answers.push(answer);
+            degraded |= known_degraded;
         }
     }
-    Ok(merge(answers, admitted))
+    Ok(Served { deltas: merge(answers, admitted), degraded })
 }
 
 /// Sends one sequence to a router.
 async fn start(
-    gateway: &Gateway,
+    gateway: &Arc<Gateway>,
     admitted: &Admitted,
     prompt: &Prompt,
     choice: usize,
-) -> Result<Answer, Error> {
-    let routed = gateway.routes.choose()?;
-    let request = generate_request(&admitted.ask, prompt, choice, &routed.status)?;
-    let stop_ids: Vec<u32> = match request.ignore_eos {
-        true => request.stop_ids.clone(),
-        false => request.stop_ids.iter().chain(&routed.status.eos_ids).copied().collect(),
-    };
-    let replies = routed.route.client().generate(request).await.map_err(|status| {
-        let error = failure(&status);
+) -> Result<(Answer, bool), Error> {
+    let ask = &admitted.ask;
+    let request = |router: &v1::RouterStatus| generate_request(ask, prompt, choice, router);
+    let replies = Replies::start(gateway, &prompt.ids, request).await.map_err(|error| {
         // The router knows token ids only.
         let names_prompt = error.param.as_deref() == Some("prompt_ids");
-        if names_prompt { error.with_param(prompt_param(&admitted.ask)) } else { error }
+        if names_prompt { error.with_param(prompt_param(ask)) } else { error }
     })?;
-    Answer::new(gateway, &admitted.ask, prompt, choice, (routed, replies.into_inner(), stop_ids))
+    let mut stop_ids = ask.options.stop_token_ids.clone();
+    if !ask.options.ignore_eos {
+        stop_ids.extend(&replies.eos_ids);
+    }
+    let degraded = replies.degraded;
+    Ok((Answer::new(gateway, ask, prompt, choice, (replies, stop_ids))?, degraded))
 }
 
 /// The request field that the prompt came from.
@@ -126,6 +136,7 @@ fn generate_request(
         top_logprobs: options.top_logprobs,
         prompt_logits: false,
         traceparent: String::new(),
+        emitted_ids: Vec::new(),
     })
 }
 

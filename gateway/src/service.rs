@@ -2,12 +2,16 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
 use axum::serve::{ListenerExt as _, serve};
+use cluster::{Role, Session};
 use proto::{
     Code, Error,
     v1::{self, chat_server::ChatServer},
@@ -16,13 +20,35 @@ use telemetry::Tasks;
 use text::{ChatInput, Prompt, TextModel};
 use tokio::net::TcpListener;
 
-use crate::{admit::Defaults, args::Args, grpc::Door, http, route::Routes};
+use crate::{admit::Defaults, args::Args, grpc::Door, http, repair, route::Routes};
+
+/// How often answers went on at another router.
+pub(crate) struct Repairs {
+    pub(crate) limits: repair::Limits,
+    pub(crate) done: Count,
+    /// Answers that could not be repaired.
+    pub(crate) failed: Count,
+}
+
+#[derive(Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    pub(crate) fn count(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
 
 /// What every request of one gateway shares.
 pub(crate) struct Gateway {
     pub(crate) name: String,
     pub(crate) model: Arc<TextModel>,
-    pub(crate) routes: Routes,
+    pub(crate) routes: Arc<Routes>,
+    pub(crate) repairs: Repairs,
     pub(crate) defaults: Defaults,
     pub(crate) requests: AtomicUsize,
     pub(crate) requests_max: usize,
@@ -143,11 +169,19 @@ async fn assemble(args: &Args, tasks: &Tasks) -> anyhow::Result<Gateway> {
         let path = args.model.canonicalize().unwrap_or_else(|_| args.model.clone());
         path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
     };
+    let session = Session::open(&args.registry, tasks).context("cannot use --registry")?;
+    let routes = Routes::new();
+    routes.follow(session.members(Role::Router), tasks);
     let generation = std::fs::read(args.model.join("generation_config.json")).unwrap_or_default();
     Ok(Gateway {
         name: args.served_model_name.clone().unwrap_or_else(folder),
         model: Arc::new(model),
-        routes: Routes::new(args.registry.addresses(), tasks)?,
+        routes,
+        repairs: Repairs {
+            limits: repair::Limits { repairs_max: args.repairs_max, wait: args.repair_wait },
+            done: Count::default(),
+            failed: Count::default(),
+        },
         // Absent or unreadable: the router, which needs it for its own part, says so.
         defaults: Defaults::read(&serde_json::from_slice(&generation).unwrap_or_default()),
         requests: AtomicUsize::new(0),

@@ -26,7 +26,7 @@ use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    args::{Combine, Limits, Wire},
+    args::{Combine, Limits, OnMissingExpert, Wire},
     engine::Command,
     link::Links,
     placer::PlacerState,
@@ -159,8 +159,8 @@ impl Api {
         let view = self.links.view();
         let missing = view.table.missing(self.config.moe_layers(), self.config.n_routed_experts);
         let calibrated = self.limits.combine != Combine::Exact || self.stats.is_calibrated();
-        let ready =
-            missing.is_empty() && calibrated && !self.stats.hangs(now) && !self.tasks.is_shutting_down();
+        let complete = missing.is_empty() || self.limits.on_missing_expert == OnMissingExpert::Skip;
+        let ready = complete && calibrated && !self.stats.hangs(now) && !self.tasks.is_shutting_down();
         let dispatch = self.stats.dispatch();
         let servers = self.links.states().into_values().map(|link| {
             let instance = InstanceId::from(link.instance.as_str());

@@ -164,6 +164,10 @@ impl Whole {
         }
     }
 
+    pub(crate) const fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
     pub(crate) fn into_json(self, head: &Head) -> Value {
         let wants_logprobs = self.wants_logprobs;
         let choices = self.choices.into_iter().enumerate().map(|(index, choice)| {
