@@ -36,6 +36,8 @@ fn frame(hidden: u32, n_rows: u32) -> v1::Frame {
 async fn dispatch(channel: Channel, frames: Vec<v1::Frame>) -> Result<Vec<v1::Reply>, tonic::Status> {
     let mut expert = clients::expert(channel);
     within(DEADLINE, "replies", async {
+        let status = expert.status(v1::ExpertStatusRequest {}).await?.into_inner();
+        let frames: Vec<_> = frames.into_iter().map(|frame| clients::planned(frame, &status)).collect();
         let mut replies = expert.dispatch(tokio_stream::iter(frames)).await?.into_inner();
         let mut received = Vec::new();
         while let Some(reply) = replies.next().await {

@@ -49,6 +49,7 @@ async fn an_unread_stream_does_not_block_another_one() {
     const HIDDEN: u32 = 7168;
     let model = Chain::new().hidden_size(HIDDEN as usize).write();
     let cluster = Cluster::builder(&model).without_gateway().start().await;
+    let status = cluster.expert_status(0).await;
     let expert = clients::expert(clients::channel_for_many_streams(cluster.experts[0].address));
     // Each row for `n_experts` experts, each of which answers with a row.
     let frame = |n_rows: u32, n_experts: u32| {
@@ -58,7 +59,7 @@ async fn an_unread_stream_does_not_block_another_one() {
             width: HIDDEN,
             data: vec![0; (n_rows * HIDDEN * 4) as usize].into(),
         };
-        v1::Frame {
+        let frame = v1::Frame {
             layer: MOE_LAYER,
             rows: Some(rows),
             assignment_row: (0..n_rows).flat_map(|row| vec![row; n_experts as usize]).collect(),
@@ -66,7 +67,8 @@ async fn an_unread_stream_does_not_block_another_one() {
             assignment_weight: vec![1.0; (n_rows * n_experts) as usize],
             combine: v1::Combine::Pairs.into(),
             ..Default::default()
-        }
+        };
+        clients::planned(frame, &status)
     };
     let open = async |n_rows: u32, n_experts: u32| {
         // The stream stays open after the frame: only the reply is waited for.

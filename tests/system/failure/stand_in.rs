@@ -27,17 +27,39 @@ pub(crate) enum Behaviour {
     UnknownFrame,
     /// With the end of the stream.
     EndsTheStream,
+    /// For an epoch of its holdings that is over.
+    StaleEpoch,
+    /// With other weights than the router knows.
+    OtherWeights,
+    /// With a flipped bit.
+    Damaged,
 }
 
 impl Behaviour {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::NotFound,
         Self::FewerRows,
         Self::NarrowRows,
         Self::NotFinite,
         Self::UnknownFrame,
         Self::EndsTheStream,
+        Self::StaleEpoch,
+        Self::OtherWeights,
+        Self::Damaged,
     ];
+
+    /// The reason under which the router counts it; None if it cannot tell that a frame failed.
+    pub(crate) const fn reason(self) -> Option<&'static str> {
+        match self {
+            Self::NotFound => Some("expert_not_held"),
+            Self::FewerRows | Self::NarrowRows | Self::EndsTheStream => Some("internal"),
+            Self::NotFinite => Some("not_finite"),
+            Self::UnknownFrame => None,
+            Self::StaleEpoch => Some("stale_reply"),
+            Self::OtherWeights => Some("weights_mismatch"),
+            Self::Damaged => Some("checksum_mismatch"),
+        }
+    }
 
     fn reply(self, frame: &v1::Frame) -> Result<v1::Reply, Status> {
         let n_rows = frame.assignment_row.len() as u32;
@@ -62,11 +84,22 @@ impl Behaviour {
             Self::FewerRows => rows(n_rows - 1, width, 0.0),
             Self::NarrowRows => rows(n_rows, width / 2, 0.0),
             Self::NotFinite => rows(n_rows, width, f32::NAN),
-            Self::UnknownFrame => rows(n_rows, width, 0.0),
+            Self::UnknownFrame | Self::StaleEpoch | Self::OtherWeights | Self::Damaged => {
+                rows(n_rows, width, 0.0)
+            }
             Self::EndsTheStream => return Err(Status::internal("out of order")),
         };
         let id = if matches!(self, Self::UnknownFrame) { frame.id + 1_000_000 } else { frame.id };
-        Ok(v1::Reply { id, outcome: Some(outcome) })
+        let mut reply = v1::Reply {
+            id,
+            outcome: Some(outcome),
+            epoch: frame.epoch - u64::from(matches!(self, Self::StaleEpoch)),
+            weights: frame.weights ^ u64::from(matches!(self, Self::OtherWeights)),
+            checksum: 0,
+        };
+        reply = proto::checksum::seal_reply(reply);
+        reply.checksum ^= u64::from(matches!(self, Self::Damaged));
+        Ok(reply)
     }
 }
 

@@ -98,3 +98,15 @@ pub(crate) async fn generate(
     };
     Generated::read(router.generate(request).await?.into_inner()).await
 }
+
+/// `frame` as a router that has just asked the server would send it: with its epoch and weights, and sealed.
+pub(crate) fn planned(frame: v1::Frame, status: &v1::ExpertStatus) -> v1::Frame {
+    let of_layer = status.holds.iter().find(|layer| layer.layer == frame.layer);
+    let hash = |expert: &u32| {
+        let at = of_layer?.experts.iter().position(|held| held == expert)?;
+        Some(of_layer?.weights[at])
+    };
+    let experts: std::collections::BTreeSet<u32> = frame.assignment_expert.iter().copied().collect();
+    let weights = experts.iter().filter_map(hash).fold(0_u64, u64::wrapping_add);
+    proto::checksum::seal_frame(v1::Frame { epoch: status.epoch, weights, ..frame })
+}
