@@ -70,6 +70,9 @@ impl Placer {
         tasks: &Tasks,
     ) -> Arc<PlacerState> {
         let state = Arc::new(PlacerState::default());
+        if !session.is_dynamic() {
+            return state;
+        }
         let term = session.campaign(instance.clone());
         let placer = Self {
             instance,
@@ -114,12 +117,15 @@ impl Placer {
                     self.write(&leading, current.as_deref(), next, urgency).await;
                 }
             }
-            // Whatever comes first; a closed channel belongs to a session that has ended.
-            tokio::select! {
-                _ = term.changed() => {}
-                _ = placement.changed() => {}
-                _ = members.changed() => {}
-                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            let heard = tokio::select! {
+                heard = term.changed() => heard,
+                heard = placement.changed() => heard,
+                heard = members.changed() => heard,
+                () = tokio::time::sleep(LOOK_INTERVAL) => Ok(()),
+            };
+            if heard.is_err() {
+                // The session has ended, and with it everything that could be decided on.
+                return;
             }
         }
     }

@@ -16,6 +16,7 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::process::{LogArgs, Process};
@@ -55,6 +56,8 @@ enum Command {
     Logits(logits::Args),
     /// Answer cases of golden text: tokenizer, detokenizer, chat template
     Text(text::Args),
+    /// Break a cluster on purpose and compare what its clients see with an undisturbed run
+    Chaos(bench::chaos::Args),
     /// Print a shell's completions
     Completions { shell: clap_complete::Shell },
 }
@@ -97,6 +100,11 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(args) => process::tool(log, up::run(args)),
         Command::Chat(args) => process::tool(log, chat::run(args)),
         Command::Logits(args) => process::tool(log, logits::run(args)),
+        Command::Chaos(args) => process::tool(log, async {
+            let program = std::env::current_exe().context("cannot find this program's own file")?;
+            let model = checkpoint_dir::find(args.model.as_deref())?;
+            bench::chaos::run(args, program, model).await
+        }),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Text(args) => text::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {

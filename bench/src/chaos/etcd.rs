@@ -24,7 +24,8 @@ pub(crate) struct Etcd {
 
 impl Etcd {
     pub(crate) async fn start(ip: IpAddr, dir: &Path) -> anyhow::Result<Self> {
-        let mut etcd = Self { address: free(ip)?, peer: free(ip)?, dir: dir.to_owned(), n_wipes: 0, process: None };
+        let mut etcd =
+            Self { address: free(ip)?, peer: free(ip)?, dir: dir.to_owned(), n_wipes: 0, process: None };
         etcd.up().await?;
         Ok(etcd)
     }

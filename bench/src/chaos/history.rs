@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{BufRead as _, BufReader, Write as _},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Mutex, PoisonError},
 };
 
@@ -14,15 +14,14 @@ use tokio::time::Instant;
 use super::scenario::Plan;
 
 pub(crate) struct History {
-    pub(crate) path: PathBuf,
     file: Mutex<File>,
     began: Instant,
 }
 
 impl History {
-    pub(crate) fn begin(path: PathBuf, plan: &Plan) -> anyhow::Result<Self> {
-        let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-        let history = Self { path, file: Mutex::new(file), began: Instant::now() };
+    pub(crate) fn begin(path: &Path, plan: &Plan) -> anyhow::Result<Self> {
+        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let history = Self { file: Mutex::new(file), began: Instant::now() };
         history.note("plan", &serde_json::to_value(plan)?);
         Ok(history)
     }

@@ -44,7 +44,8 @@ impl Hosts {
         run("ip", &["addr", "add", &format!("{}/24", self.ours()), "dev", bridge])?;
         run("ip", &["link", "set", bridge, "up"])?;
         for host in 0..self.n_hosts {
-            let (space, ours, theirs) = (self.space(host), format!("{bridge}h{host}"), format!("{bridge}e{host}"));
+            let (space, ours, theirs) =
+                (self.space(host), format!("{bridge}h{host}"), format!("{bridge}e{host}"));
             run("ip", &["netns", "add", &space])?;
             run("ip", &["link", "add", &ours, "type", "veth", "peer", "name", &theirs])?;
             run("ip", &["link", "set", &ours, "master", bridge, "up"])?;
@@ -100,7 +101,8 @@ impl Drop for Hosts {
 }
 
 fn run(program: &str, args: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
+    let output =
+        Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
     if !output.status.success() {
         bail!("{program} {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }

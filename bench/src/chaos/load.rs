@@ -76,7 +76,13 @@ pub(crate) struct Answer {
 pub(crate) type Gateways = Arc<std::sync::Mutex<Vec<SocketAddr>>>;
 
 /// Asks `question`, at the gateway whose turn it is.
-pub(crate) async fn ask(gateways: &Gateways, turn: usize, question: usize, body: &Value, began: Instant) -> Answer {
+pub(crate) async fn ask(
+    gateways: &Gateways,
+    turn: usize,
+    question: usize,
+    body: &Value,
+    began: Instant,
+) -> Answer {
     let mut answer = Answer {
         question,
         text: String::new(),
@@ -91,8 +97,7 @@ pub(crate) async fn ask(gateways: &Gateways, turn: usize, question: usize, body:
         error: None,
     };
     let asked = Instant::now();
-    let result =
-        tokio::time::timeout(ANSWER_TIMEOUT, read(gateways, turn, body, began, &mut answer)).await;
+    let result = tokio::time::timeout(ANSWER_TIMEOUT, read(gateways, turn, body, began, &mut answer)).await;
     answer.took_s = asked.elapsed().as_secs_f64();
     answer.error = match result {
         Ok(Ok(())) => None,
@@ -103,7 +108,11 @@ pub(crate) async fn ask(gateways: &Gateways, turn: usize, question: usize, body:
 }
 
 /// A gateway that cannot be reached is left for the next one: no byte of the request has gone anywhere.
-async fn connect(gateways: &Gateways, turn: usize, answer: &mut Answer) -> anyhow::Result<(TcpStream, SocketAddr)> {
+async fn connect(
+    gateways: &Gateways,
+    turn: usize,
+    answer: &mut Answer,
+) -> anyhow::Result<(TcpStream, SocketAddr)> {
     let deadline = Instant::now() + ANSWER_TIMEOUT / 4;
     loop {
         let list = gateways.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
@@ -143,7 +152,8 @@ async fn read(
     let asked = Instant::now();
     to.write_all((head + &body).as_bytes()).await.context("the request cannot be sent")?;
     let mut lines = BufReader::new(from).lines();
-    let status = lines.next_line().await.context("no response")?.context("the connection ended without a response")?;
+    let status =
+        lines.next_line().await.context("no response")?.context("the connection ended without a response")?;
     if !status.contains(" 200 ") {
         let mut rest = String::new();
         while let Ok(Some(line)) = lines.next_line().await {
@@ -190,6 +200,10 @@ async fn read(
             last = Some(now);
         }
     }
-    anyhow::ensure!(done && finish.is_some(), "the stream ended without {}", if done { "a finish_reason" } else { "[DONE]" });
+    anyhow::ensure!(
+        done && finish.is_some(),
+        "the stream ended without {}",
+        if done { "a finish_reason" } else { "[DONE]" }
+    );
     Ok(())
 }

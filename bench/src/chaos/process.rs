@@ -70,7 +70,8 @@ impl Process {
 
     pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let pid = self.child.id().with_context(|| format!("{} has ended", self.name))?;
-        kill(Pid::from_raw(i32::try_from(pid)?), signal).with_context(|| format!("cannot signal {}", self.name))
+        kill(Pid::from_raw(i32::try_from(pid)?), signal)
+            .with_context(|| format!("cannot signal {}", self.name))
     }
 
     /// SIGKILL, and waits until it is gone.

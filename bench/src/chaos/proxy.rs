@@ -120,7 +120,12 @@ fn reset(socket: &TcpStream) {
     let _best_effort = socket.set_zero_linger();
 }
 
-async fn both_ways(client: TcpStream, server: TcpStream, toxics: watch::Receiver<Toxics>, mut dice: ChaCha8Rng) {
+async fn both_ways(
+    client: TcpStream,
+    server: TcpStream,
+    toxics: watch::Receiver<Toxics>,
+    mut dice: ChaCha8Rng,
+) {
     let back = ChaCha8Rng::seed_from_u64(dice.next_u64());
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();

@@ -41,7 +41,15 @@ pub(crate) struct Topology {
 
 impl Default for Topology {
     fn default() -> Self {
-        Self { experts: 4, replicas: 2, routers: 1, gateways: 1, proxied: false, hosts: false, router_args: Vec::new() }
+        Self {
+            experts: 4,
+            replicas: 2,
+            routers: 1,
+            gateways: 1,
+            proxied: false,
+            hosts: false,
+            router_args: Vec::new(),
+        }
     }
 }
 
@@ -102,6 +110,8 @@ pub(crate) enum Action {
     EtcdUp,
     /// Its data is gone.
     EtcdWipe,
+    EtcdFreeze,
+    EtcdThaw,
     Toxic,
     Lose,
 }
@@ -152,7 +162,8 @@ pub(crate) struct Plan {
 impl Plan {
     /// Reads a scenario; times and numbers of requests are multiplied by `scale`.
     pub(crate) fn load(path: &Path, seed: u64, scale: f64) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut scenario: Scenario =
             toml::from_str(&text).with_context(|| format!("{} is no scenario", path.display()))?;
         scenario.load.requests = (scenario.load.requests as f64 * scale).ceil() as usize;
@@ -231,8 +242,14 @@ mod tests {
             lose_from: 0,
         };
         let targets = |seed| {
-            let expanded = expand(std::slice::from_ref(&event), &Topology::default(), &mut ChaCha8Rng::seed_from_u64(seed));
-            assert!(expanded.iter().all(|event| event.target.starts_with("expert ") && event.every.is_zero()));
+            let expanded = expand(
+                std::slice::from_ref(&event),
+                &Topology::default(),
+                &mut ChaCha8Rng::seed_from_u64(seed),
+            );
+            assert!(
+                expanded.iter().all(|event| event.target.starts_with("expert ") && event.every.is_zero())
+            );
             expanded.iter().map(|event| (event.at, event.action, event.target.clone())).collect::<Vec<_>>()
         };
         assert_eq!(targets(1), targets(1));

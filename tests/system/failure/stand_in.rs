@@ -52,7 +52,8 @@ impl Behaviour {
     pub(crate) const fn reason(self) -> Option<&'static str> {
         match self {
             Self::NotFound => Some("expert_not_held"),
-            Self::FewerRows | Self::NarrowRows | Self::EndsTheStream => Some("internal"),
+            Self::FewerRows | Self::NarrowRows => Some("internal"),
+            Self::EndsTheStream => Some("transport"),
             Self::NotFinite => Some("not_finite"),
             Self::UnknownFrame => None,
             Self::StaleEpoch => Some("stale_reply"),
