@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 
 use crate::{
     checkpoint_dir,
-    cluster::{Cluster, LOCAL, Plan, channel},
+    cluster::{Cluster, LOCAL, Plan, Where, channel},
 };
 
 /// Ask a question, or talk: with a running gateway, or with a cluster started for the time of the chat.
@@ -85,7 +85,9 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 async fn start(args: &Args) -> anyhow::Result<Cluster> {
     let plan = Plan {
         model: checkpoint_dir::find(args.model.as_deref())?,
-        shards: Plan::shards(args.experts.get()),
+        experts: Plan::shards(args.experts.get(), 1),
+        registry: Where::Static,
+        routers: 1,
         router_args: Vec::new(),
         gateway: Some((LOCAL, Vec::new())),
         quiet: true,

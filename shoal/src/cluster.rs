@@ -7,14 +7,19 @@ use proto::v1::{self, router_client::RouterClient};
 use telemetry::Tasks;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::member::{Member, Spec};
+use crate::{
+    etcd::Etcd,
+    member::{Member, Spec},
+};
 
 /// What to start.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) model: PathBuf,
-    /// The flag that says what each expert server holds.
-    pub(crate) shards: Vec<[String; 2]>,
+    /// The flags that say what each expert server holds; with etcd none: the placement says it.
+    pub(crate) experts: Vec<Vec<String>>,
+    pub(crate) registry: Where,
+    pub(crate) routers: usize,
     pub(crate) router_args: Vec<String>,
     /// Where the gateway listens and its further flags; None: no gateway.
     pub(crate) gateway: Option<(SocketAddr, Vec<String>)>,
@@ -22,10 +27,23 @@ pub(crate) struct Plan {
     pub(crate) log_args: Vec<String>,
 }
 
+/// How the processes find each other.
+#[derive(Clone, Debug)]
+pub(crate) enum Where {
+    /// They are told each other's addresses.
+    Static,
+    /// They register in an etcd that runs already.
+    Etcd(String),
+    /// They register in an etcd that is started with them.
+    OwnEtcd,
+}
+
 impl Plan {
-    /// `n` contiguous shards.
-    pub(crate) fn shards(n: usize) -> Vec<[String; 2]> {
-        (1..=n).map(|i| ["--shard".to_owned(), format!("{i}/{n}")]).collect()
+    /// `n` contiguous shards, each on `replicas` servers.
+    pub(crate) fn shards(n: usize, replicas: usize) -> Vec<Vec<String>> {
+        let part = |at: usize| format!("{}/{n}", at % n + 1);
+        let parts = |first: usize| (first..first + replicas.min(n)).map(part).collect::<Vec<_>>().join(",");
+        (0..n).map(|server| vec!["--shard".to_owned(), parts(server)]).collect()
     }
 }
 
@@ -38,7 +56,8 @@ const READY_POLL: Duration = Duration::from_millis(20);
 
 pub(crate) struct Cluster {
     pub(crate) experts: Vec<Member>,
-    pub(crate) router: Member,
+    pub(crate) routers: Vec<Member>,
+    etcd: Option<Etcd>,
     pub(crate) gateway: Option<Member>,
     tasks: Tasks,
 }
@@ -61,33 +80,55 @@ impl Cluster {
             listen,
             quiet: plan.quiet,
         };
+        let etcd = match plan.registry {
+            Where::OwnEtcd => Some(Etcd::start().await?),
+            Where::Static | Where::Etcd(_) => None,
+        };
+        let in_etcd = match &plan.registry {
+            Where::Static => None,
+            Where::Etcd(url) => Some(url.clone()),
+            Where::OwnEtcd => etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address)),
+        };
+        let registry = |members: &[Member]| {
+            let list =
+                || members.iter().map(|member| member.address.to_string()).collect::<Vec<_>>().join(",");
+            vec!["--registry".to_owned(), in_etcd.clone().unwrap_or_else(|| format!("static://{}", list()))]
+        };
         // Expert servers load side by side.
-        let starts = plan.shards.iter().enumerate().map(|(i, shard)| {
-            let role = format!("{} {}", shard[0].trim_start_matches('-'), shard[1]);
-            Member::start(spec(format!("expert{}", i + 1), role, "expert", LOCAL, shard.to_vec()), &tasks)
+        let starts = plan.experts.iter().enumerate().map(|(i, flags)| {
+            let role = match flags.as_slice() {
+                [] => "experts as placed".to_owned(),
+                [flag, rest @ ..] => format!("{} {}", flag.trim_start_matches('-'), rest.join(" ")),
+            };
+            let registry = if in_etcd.is_some() { registry(&[]) } else { Vec::new() };
+            let args = [flags.clone(), registry].concat();
+            Member::start(spec(format!("expert{}", i + 1), role, "expert", LOCAL, args), &tasks)
         });
         let experts: Vec<Member> = futures_util::future::try_join_all(starts).await?;
-        let registry: Vec<String> = experts.iter().map(|expert| expert.address.to_string()).collect();
-        let registry = vec!["--registry".to_owned(), format!("static://{}", registry.join(","))];
-        let args = [registry, plan.router_args.clone()].concat();
-        let role = "attention, gate, KV cache".to_owned();
-        let router = Member::start(spec("router".to_owned(), role, "router", LOCAL, args), &tasks).await?;
-        wait_until_ready(router.address).await?;
+        let starts = (0..plan.routers).map(|i| {
+            let name = if plan.routers == 1 { "router".to_owned() } else { format!("router{}", i + 1) };
+            let args = [registry(&experts), plan.router_args.clone()].concat();
+            let role = "attention, gate, KV cache".to_owned();
+            Member::start(spec(name, role, "router", LOCAL, args), &tasks)
+        });
+        let routers: Vec<Member> = futures_util::future::try_join_all(starts).await?;
+        for router in &routers {
+            wait_until_ready(router.address).await?;
+        }
         let gateway = match &plan.gateway {
             None => None,
             Some((listen, args)) => {
-                let registry = vec!["--registry".to_owned(), format!("static://{}", router.address)];
-                let args = [registry, args.clone()].concat();
+                let args = [registry(&routers), args.clone()].concat();
                 let role = "OpenAI and gRPC API".to_owned();
                 let spec = spec("gateway".to_owned(), role, "gateway", *listen, args);
                 Some(Member::start(spec, &tasks).await?)
             }
         };
-        Ok(Self { experts, router, gateway, tasks })
+        Ok(Self { experts, routers, gateway, etcd, tasks })
     }
 
     pub(crate) fn members(&self) -> impl Iterator<Item = &Member> {
-        self.gateway.iter().chain([&self.router]).chain(&self.experts)
+        self.gateway.iter().chain(&self.routers).chain(&self.experts)
     }
 
     /// Ends it in order: nobody loses the ones it needs.
@@ -95,9 +136,17 @@ impl Cluster {
         if let Some(gateway) = &self.gateway {
             gateway.stop().await;
         }
-        self.router.stop().await;
+        futures_util::future::join_all(self.routers.iter().map(Member::stop)).await;
         futures_util::future::join_all(self.experts.iter().map(Member::stop)).await;
+        if let Some(etcd) = self.etcd {
+            etcd.stop().await;
+        }
         self.tasks.begin_shutdown();
+    }
+
+    /// Where everybody is registered, if that is an etcd of the cluster's own.
+    pub(crate) fn own_registry(&self) -> Option<String> {
+        self.etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address))
     }
 }
 

@@ -3,10 +3,12 @@
 mod chat;
 mod checkpoint_dir;
 mod cluster;
+mod etcd;
 mod inspect;
 mod logits;
 mod member;
 mod process;
+mod ps;
 mod table;
 mod text;
 mod up;
@@ -35,6 +37,7 @@ const EXAMPLES: &str = "\
 Examples:
   shoal chat \"What is 348 + 277?\"          ask the bundled model, over two expert processes
   shoal up --model DIR --experts 4         a whole cluster on this machine, API on port 8000
+  shoal up --etcd --experts 4 --replicas 2 every expert on two servers, placed by the routers' leader
   shoal inspect DIR                        what a checkpoint holds
   shoal expert --model DIR --shard 1/4     one expert server, for a cluster over machines";
 
@@ -56,6 +59,8 @@ enum Command {
     Logits(logits::Args),
     /// Answer cases of golden text: tokenizer, detokenizer, chat template
     Text(text::Args),
+    /// Print who is where, in which state, what it holds and how busy it is
+    Ps(ps::Args),
     /// Break a cluster on purpose and compare what its clients see with an undisturbed run
     Chaos(bench::chaos::Args),
     /// Print a shell's completions
@@ -100,6 +105,7 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(args) => process::tool(log, up::run(args)),
         Command::Chat(args) => process::tool(log, chat::run(args)),
         Command::Logits(args) => process::tool(log, logits::run(args)),
+        Command::Ps(args) => process::tool(log, ps::run(args)),
         Command::Chaos(args) => process::tool(log, async {
             let program = std::env::current_exe().context("cannot find this program's own file")?;
             let model = checkpoint_dir::find(args.model.as_deref())?;

@@ -13,7 +13,7 @@ use proto::{
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use tonic::transport::Channel;
 
-use crate::cluster::{Cluster, Plan, router_client};
+use crate::cluster::{Cluster, Plan, Where, router_client};
 
 /// Compute logits and greedy tokens of given prompts through real processes.
 ///
@@ -59,7 +59,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let prompts = read_prompts(&args.tokens)?;
     let cluster = Cluster::start(&plan(&args)?).await?;
-    let client = router_client(cluster.router.address).await?;
+    let client = router_client(cluster.routers[0].address).await?;
     // Draws only on a terminal, on stderr.
     let progress = ProgressBar::new(prompts.len() as u64).with_message("prompts");
     let answer = |(name, prompt): (&String, &Vec<u32>)| {
@@ -94,13 +94,15 @@ fn plan(args: &Args) -> anyhow::Result<Plan> {
     flag("chunk", args.chunk.map(|rows| rows.to_string()));
     flag("combine", args.combine.and_then(name_of));
     flag("wire", args.wire.and_then(name_of));
-    let shards = match args.scatter {
-        None => Plan::shards(args.experts.get()),
+    let experts = match args.scatter {
+        None => Plan::shards(args.experts.get(), 1),
         Some(seed) => scatter(seed, args.experts.get(), &args.dir)?,
     };
     Ok(Plan {
         model: args.dir.clone(),
-        shards,
+        experts,
+        registry: Where::Static,
+        routers: 1,
         router_args,
         gateway: None,
         quiet: true,
@@ -113,7 +115,7 @@ fn name_of(value: impl clap::ValueEnum) -> Option<String> {
 }
 
 /// A random set of experts for each server; none is left empty.
-fn scatter(seed: u64, n_servers: usize, dir: &std::path::Path) -> anyhow::Result<Vec<[String; 2]>> {
+fn scatter(seed: u64, n_servers: usize, dir: &std::path::Path) -> anyhow::Result<Vec<Vec<String>>> {
     let n_experts = model::ModelConfig::load(dir)?.n_routed_experts;
     ensure!(n_servers <= n_experts, "{n_servers} servers cannot share {n_experts} experts");
     let mut order: Vec<usize> = (0..n_experts).collect();
@@ -129,7 +131,7 @@ fn scatter(seed: u64, n_servers: usize, dir: &std::path::Path) -> anyhow::Result
     let shard = |server: usize| {
         let experts: Vec<String> =
             order.iter().skip(server).step_by(n_servers).map(usize::to_string).collect();
-        ["--experts".to_owned(), experts.join(",")]
+        vec!["--experts".to_owned(), experts.join(",")]
     };
     Ok((0..n_servers).map(shard).collect())
 }

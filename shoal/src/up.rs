@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::{
     checkpoint_dir,
-    cluster::{Cluster, Plan},
+    cluster::{Cluster, Plan, Where},
     table,
 };
 
@@ -25,6 +25,18 @@ pub(crate) struct Args {
     /// Expert servers; each holds its part of every layer's experts
     #[arg(long, env = "SHOAL_UP_EXPERTS", default_value = "2", value_name = "N")]
     experts: NonZeroUsize,
+    /// How many expert servers hold each expert
+    #[arg(long, env = "SHOAL_REPLICAS", default_value = "1", value_name = "N")]
+    replicas: NonZeroUsize,
+    /// Routers; an answer whose router dies goes on at another
+    #[arg(long, env = "SHOAL_UP_ROUTERS", default_value = "1", value_name = "N")]
+    routers: NonZeroUsize,
+    /// Register in this etcd, and let the leader of the routers place the experts: etcd://host:2379/prefix
+    #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL", value_parser = etcd_url)]
+    registry: Option<String>,
+    /// The same with an etcd of its own, started from PATH and gone at the end
+    #[arg(long, conflicts_with = "registry")]
+    etcd: bool,
     /// Where the API listens; port 0 takes a free one
     #[arg(long, env = "SHOAL_LISTEN", default_value = "127.0.0.1:8000", value_name = "HOST:PORT")]
     listen: SocketAddr,
@@ -33,6 +45,14 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     pass: PassOn,
+}
+
+fn etcd_url(url: &str) -> Result<String, String> {
+    match url.parse::<::cluster::Registry>() {
+        Ok(::cluster::Registry::Etcd(_)) => Ok(url.to_owned()),
+        Ok(::cluster::Registry::Static(_)) => Err("`up` makes its own list; give an etcd:// URL".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Flags handed to the children as they are; see `shoal router --help` and `shoal gateway --help`.
@@ -47,10 +67,20 @@ pub(crate) struct PassOn {
 }
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let registry = match (args.registry, args.etcd) {
+        (Some(url), _) => Where::Etcd(url),
+        (None, true) => Where::OwnEtcd,
+        (None, false) => Where::Static,
+    };
     let plan = Plan {
         model: checkpoint_dir::find(args.model.as_deref())?,
-        shards: Plan::shards(args.experts.get()),
-        router_args: args.pass.router,
+        experts: match &registry {
+            Where::Static => Plan::shards(args.experts.get(), args.replicas.get()),
+            Where::Etcd(_) | Where::OwnEtcd => vec![Vec::new(); args.experts.get()],
+        },
+        registry,
+        routers: args.routers.get(),
+        router_args: [vec![format!("--replicas={}", args.replicas)], args.pass.router].concat(),
         gateway: Some((args.listen, args.pass.gateway)),
         quiet: false,
         log_args: Vec::new(),
@@ -75,7 +105,7 @@ fn print(cluster: &Cluster, as_json: bool) -> io::Result<()> {
             .members()
             .map(|member| json!({ "name": member.spec.name, "pid": member.pid(), "address": member.address, "role": member.spec.role }))
             .collect();
-        writeln!(out, "{}", json!({ "members": members }))?;
+        writeln!(out, "{}", json!({ "members": members, "registry": cluster.own_registry() }))?;
         return out.flush();
     }
     let mut rows = vec![["NAME", "PID", "ADDRESS", "ROLE"].map(str::to_owned).to_vec()];
@@ -91,6 +121,9 @@ fn print(cluster: &Cluster, as_json: bool) -> io::Result<()> {
     if let Some(gateway) = &cluster.gateway {
         let address = gateway.address;
         writeln!(out, "\nready: http://{address}/v1, gRPC on the same port; stop with Ctrl-C")?;
+        if let Some(registry) = cluster.own_registry() {
+            writeln!(out, "  shoal ps --registry {registry}")?;
+        }
         writeln!(out, "  shoal chat --url http://{address} \"What is 348 + 277?\"")?;
     }
     out.flush()

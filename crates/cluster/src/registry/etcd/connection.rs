@@ -10,8 +10,9 @@ use crate::registry::Error;
 /// For any single call.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A connection that answers no ping is found dead within the sum of the two.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+/// A connection that answers no ping is found dead within the sum of the two. More often than every 5 s, or without a
+/// call under way, etcd takes pings for an attack and closes the connection.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(6);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -27,8 +28,7 @@ impl Connection {
     pub(super) fn new(url: &Url) -> Result<Self, Error> {
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_keep_alive(KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT)
-            .with_keep_alive_while_idle(true);
+            .with_keep_alive(KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT);
         if let (Some(user), Some(file)) = (&url.user, &url.password_file) {
             let password = String::from_utf8(read("password-file", file)?).map_err(|_| Error::File {
                 option: "password-file",

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// However quiet the watch is: etcd 3.4 can lose events.
-const LIST_INTERVAL: Duration = Duration::from_secs(20);
+const LIST_INTERVAL: Duration = Duration::from_secs(10);
 /// How often members that are kept for a while are looked at.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(1);
 
