@@ -27,6 +27,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// holder is not.
 const REPLICAS_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long the very first placement waits for further servers.
+const FIRST_PATIENCE: Duration = Duration::from_secs(1);
+
 /// The same for mere inequality.
 const BALANCE_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -111,7 +114,7 @@ impl Placer {
                     Some(_) | None => (*urgency, now()),
                 });
                 if let (Some((urgency, next)), Some((_, since))) = (step, due)
-                    && now().saturating_duration_since(since) >= patience(urgency)
+                    && now().saturating_duration_since(since) >= patience(urgency, self.last().is_none())
                 {
                     due = None;
                     self.write(&leading, current.as_deref(), next, urgency).await;
@@ -213,8 +216,10 @@ fn machine(record: &Record, holdings: &Holdings, joined: bool, last: Option<&Pla
     }
 }
 
-const fn patience(urgency: Urgency) -> Duration {
+const fn patience(urgency: Urgency, is_first: bool) -> Duration {
     match urgency {
+        // Servers that start together should share the experts, and the first of them not load all.
+        _ if is_first => FIRST_PATIENCE,
         Urgency::None | Urgency::Orphans => Duration::ZERO,
         Urgency::Replicas => REPLICAS_PATIENCE,
         Urgency::Balance => BALANCE_PATIENCE,

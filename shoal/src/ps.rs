@@ -157,7 +157,7 @@ async fn expert(entry: (&String, &Member)) -> Line {
         state: status.state.clone(),
         holds: match holds.is_empty() {
             true => "nothing".to_owned(),
-            false => format!("{} experts ({holds}), {} MiB", holds.len(), status.shard_bytes >> 20),
+            false => format!("{} experts ({}), {} MiB", holds.len(), short(&holds), status.shard_bytes >> 20),
         },
         load: format!("{} frames, {} streams", status.frames, status.open_streams),
         answers: true,
@@ -169,6 +169,16 @@ async fn expert(entry: (&String, &Member)) -> Line {
         }),
         ..silent
     }
+}
+
+/// The beginning of a long list; all of it is in the JSON.
+fn short(holds: &cluster::Holds) -> String {
+    const CHARS_MAX: usize = 32;
+    let text = holds.to_string();
+    if text.chars().count() <= CHARS_MAX {
+        return text;
+    }
+    format!("{}…", text.chars().take(CHARS_MAX).collect::<String>())
 }
 
 fn print(lines: &[Line], as_json: bool) -> io::Result<()> {
