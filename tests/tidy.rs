@@ -75,7 +75,12 @@ const WALLS: [Wall; 9] = [
         why: "kernels know numbers, not models",
     },
     Wall {
-        modules: &["crates/cluster/src/table*"],
+        modules: &[
+            "crates/cluster/src/table*",
+            "crates/cluster/src/placement*",
+            "crates/cluster/src/health*",
+            "crates/cluster/src/registry/listing*",
+        ],
         must_not_name: &["tokio", "tonic", "Instant::now", "SystemTime"],
         why: "pure",
     },

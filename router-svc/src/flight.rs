@@ -335,7 +335,7 @@ impl Flight {
         };
         self.frames.remove(&reply.id);
         let State::Out(sent) = &self.pieces[idx].state else { return None };
-        let checked = self.check(idx, sent, &reply).and_then(|()| reply.outcome);
+        let checked = self.check(idx, sent, &reply).and(reply.outcome);
         Some(match checked {
             Ok(computed) => {
                 around.health.answered(holder, reply.id, around.now);

@@ -179,11 +179,8 @@ impl Cluster {
     }
 
     fn tell_clients(&self) {
-        let up = |role| {
-            let of_role = self.members.iter().filter(move |member| member.role == role && member.is_up());
-            of_role.filter_map(|member| member.address).collect::<Vec<_>>()
-        };
-        *self.gateways.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = up(Role::Gateway);
+        let up = self.of(Role::Gateway).filter(|member| member.is_up()).filter_map(|member| member.address);
+        *self.gateways.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = up.collect();
     }
 
     pub(crate) fn of(&self, role: Role) -> impl Iterator<Item = &Member> {

@@ -15,17 +15,17 @@ use tokio::{
     time::Instant,
 };
 
-/// Different requests of a run; more clients and rounds ask them again.
-pub(crate) const N_QUESTIONS: usize = 48;
+/// Different requests of a run, at most; they are asked again and again.
+pub(crate) const QUESTIONS_MAX: usize = 48;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Far beyond anything that is waited for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The requests of a run, the same for the same seed.
-pub(crate) fn questions(seed: u64) -> Vec<Value> {
+pub(crate) fn questions(seed: u64, n: usize) -> Vec<Value> {
     let mut dice = ChaCha8Rng::seed_from_u64(seed);
     let mut below = |n: u64| dice.next_u64() % n;
-    (0..N_QUESTIONS)
+    (0..n)
         .map(|at| {
             let text = match at % 4 {
                 0 => format!("What is {} + {}?", 100 + below(900), 100 + below(900)),

@@ -19,7 +19,7 @@ use tonic::transport::Endpoint;
 use super::{
     cluster::{Cluster, Role},
     history::History,
-    load::{self, Answer, N_QUESTIONS},
+    load::{self, Answer, QUESTIONS_MAX},
     scenario::{Action, Plan},
     verdict::{Observed, Seen, judge},
 };
@@ -79,12 +79,15 @@ async fn observe_and_ask(
 ) -> anyhow::Result<Observed> {
     let scenario = &plan.scenario;
     wait_until_whole(cluster, scenario.cluster.replicas).await?;
-    let questions: Arc<Vec<Value>> = Arc::new(load::questions(plan.seed));
+    // A short run asks few questions, or it would know none of its answers.
+    let n_questions = if scenario.load.requests == 0 { QUESTIONS_MAX } else { scenario.load.requests };
+    let n_questions = n_questions.min(plan.questions_max).max(scenario.load.clients);
+    let questions: Arc<Vec<Value>> = Arc::new(load::questions(plan.seed, n_questions));
     // In peace, twice: the first warms up, the second is the measure.
     let clients = scenario.load.clients;
     let mut peaceful = Vec::new();
     for _ in 0..2 {
-        peaceful = ask_all(cluster, &questions, clients, N_QUESTIONS, Duration::ZERO, tasks).await.answers;
+        peaceful = ask_all(cluster, &questions, clients, n_questions, Duration::ZERO, tasks).await.answers;
     }
     if let Some(failed) = peaceful.iter().find(|answer| answer.error.is_some()) {
         bail!("an answer failed in peace: {failed:?}");

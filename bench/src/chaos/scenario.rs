@@ -9,7 +9,7 @@ use rand_chacha::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::proxy::Toxics;
+use super::{load::QUESTIONS_MAX, proxy::Toxics};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -156,6 +156,7 @@ pub(crate) struct Checks {
 pub(crate) struct Plan {
     pub(crate) name: String,
     pub(crate) seed: u64,
+    pub(crate) questions_max: usize,
     pub(crate) scenario: Scenario,
 }
 
@@ -176,7 +177,8 @@ impl Plan {
         let topology = scenario.cluster.clone();
         scenario.events = expand(&scenario.events, &topology, &mut dice);
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        Ok(Self { name, seed, scenario })
+        let questions_max = ((QUESTIONS_MAX as f64 * scale) as usize).clamp(QUESTIONS_MAX / 3, QUESTIONS_MAX);
+        Ok(Self { name, seed, questions_max, scenario })
     }
 }
 

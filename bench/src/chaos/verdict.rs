@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    load::{Answer, N_QUESTIONS},
+    load::{Answer, QUESTIONS_MAX},
     scenario::{Action, Event, Scenario},
 };
 
@@ -132,7 +132,7 @@ fn peaceful_rate(observed: &Observed) -> f64 {
 
 fn answers(scenario: &Scenario, observed: &Observed) -> Vec<Verdict> {
     let check = &scenario.check;
-    let mut reference: Vec<Option<&str>> = vec![None; N_QUESTIONS];
+    let mut reference: Vec<Option<&str>> = vec![None; QUESTIONS_MAX];
     for answer in &observed.peaceful {
         reference[answer.question] = Some(&answer.text);
     }

@@ -114,7 +114,7 @@ impl Session {
             client.txn(txn).await
         };
         let response =
-            within(CALL_TIMEOUT, write).await.map_err(|error| Refused::Unreachable(error.to_string()))?;
+            within(CALL_TIMEOUT, Box::pin(write)).await.map_err(|error| Refused::Unreachable(error.to_string()))?;
         if response.succeeded() {
             return Ok(());
         }

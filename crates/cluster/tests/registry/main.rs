@@ -1,5 +1,12 @@
 //! One suite over both kinds of registry, the etcd kind on real etcd processes; and what only etcd can go through.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests are tests: they stop at what must not be, and say what was skipped"
+)]
+
 mod etcd;
 
 use std::{sync::Arc, time::Duration};

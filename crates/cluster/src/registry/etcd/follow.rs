@@ -159,7 +159,7 @@ async fn follow_once(
             }
         }
     };
-    let result: Result<std::convert::Infallible, etcd_client::Error> = watch.await;
+    let result: Result<std::convert::Infallible, etcd_client::Error> = Box::pin(watch).await;
     match result {
         Ok(never) => match never {},
         Err(error) => error,

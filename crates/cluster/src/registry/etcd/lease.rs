@@ -101,7 +101,7 @@ impl Announcer {
     async fn run(mut self) {
         let mut retry = Retry::new("announcement");
         loop {
-            let error = match self.keep(&mut retry).await {
+            let error = match Box::pin(self.keep(&mut retry)).await {
                 Ok(()) => return,
                 Err(error) => error,
             };
