@@ -46,7 +46,8 @@ fn rust_files() -> Vec<File> {
 
 /// The lines of a file without its unit tests and comments, with their numbers.
 fn code(file: &File) -> impl Iterator<Item = (usize, &str)> {
-    let end = file.text.find("#[cfg(test)]\nmod tests").unwrap_or(file.text.len());
+    let starts = ["#[cfg(test)]\nmod tests", "#[cfg(test)]\npub(crate) mod tests"];
+    let end = starts.iter().filter_map(|start| file.text.find(start)).min().unwrap_or(file.text.len());
     let lines = file.text[..end].lines().enumerate().map(|(index, line)| (index + 1, line));
     lines.filter(|(_, line)| !line.trim_start().starts_with("//"))
 }
@@ -302,8 +303,18 @@ fn flags_in(text: &str) -> BTreeSet<String> {
 }
 
 /// Flags that the docs show with other programs' commands.
-const FLAGS_OF_OTHERS: [&str; 9] =
-    ["release", "locked", "workspace", "data", "plaintext", "all-targets", "all", "check", "version"];
+const FLAGS_OF_OTHERS: [&str; 10] = [
+    "prefix",
+    "release",
+    "locked",
+    "workspace",
+    "data",
+    "plaintext",
+    "all-targets",
+    "all",
+    "check",
+    "version",
+];
 
 #[test]
 fn flags_in_the_docs_exist() {

@@ -196,24 +196,30 @@ impl Replies {
                     return Err(error);
                 }
             };
-            let known_to_fail = self.failed.contains(&routed.route.key);
-            self.n_repairs += 1;
-            repairs.done.count();
-            tracing::info!(
-                request = %self.request.request_id,
-                to = %routed.route.key,
-                after = %error.reason,
-                emitted = self.request.emitted_ids.len(),
-                "answer goes on at another router"
-            );
+            let (to, known_to_fail) = (routed.route.key.clone(), self.failed.contains(&routed.route.key));
+            let reason = error.reason.clone();
             match self.open(routed).await {
-                Ok(()) => return Ok(()),
-                Err(next) => {
-                    error = next;
-                    if known_to_fail {
-                        tokio::time::sleep(LOOK_INTERVAL).await;
-                    }
+                Ok(()) => {
+                    self.n_repairs += 1;
+                    repairs.done.count();
+                    tracing::info!(
+                        request = %self.request.request_id,
+                        %to,
+                        after = %reason,
+                        emitted = self.request.emitted_ids.len(),
+                        "answer goes on at another router"
+                    );
+                    return Ok(());
                 }
+                Err(next) => error = next,
+            }
+            if known_to_fail {
+                // What it last said of itself is older than its end.
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+            if Instant::now() >= deadline && remedy(&error) == Remedy::Repair {
+                repairs.failed.count();
+                return Err(error);
             }
         }
     }

@@ -7,6 +7,8 @@
 //! frame still counts. A piece is done when its own reply is home or one of its covers is, whichever comes first; the
 //! other is never looked at. So every pair is combined exactly once, or its row is lost by name.
 
+mod pieces;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     time::{Duration, Instant},
@@ -16,12 +18,13 @@ use cluster::{
     Health, RoutingTable,
     health::{Budget, Failure},
 };
-use ids::{Epoch, ExpertId, FrameId, InstanceId, WeightsHash};
+use ids::{ExpertId, FrameId, InstanceId};
 use proto::{
     Code, Error, Frame, Reply,
     frame::{Combine, Computed},
 };
 
+use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State};
 use crate::dispatch::{Activations, Grounds, Part, Slot, pack, plan, plan_for};
 
 /// A frame to be sent.
@@ -68,53 +71,6 @@ impl Surroundings<'_> {
     }
 }
 
-/// Position of a piece in its flight.
-type PieceIdx = usize;
-
-#[derive(Debug)]
-struct Piece {
-    slots: Vec<Slot>,
-    as_pairs: bool,
-    parent: Option<PieceIdx>,
-    /// Holders that have failed with these pairs, or are still at them.
-    tried: Vec<InstanceId>,
-    state: State,
-    /// Each does the whole piece again.
-    covers: Vec<Vec<PieceIdx>>,
-}
-
-#[derive(Debug)]
-enum State {
-    Out(Sent),
-    Home {
-        holder: InstanceId,
-        frame_rows: Vec<usize>,
-        values: Vec<f32>,
-    },
-    Failed,
-    /// Nobody holds these experts, or nobody that has not failed.
-    Orphaned,
-}
-
-#[derive(Debug)]
-struct Sent {
-    holder: InstanceId,
-    epoch: Epoch,
-    weights: WeightsHash,
-    frame_id: FrameId,
-    frame_rows: Vec<usize>,
-    /// When a second frame is due; None: nobody else could take it, or one is under way.
-    hedge_at: Option<Instant>,
-    expires_at: Instant,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    Waiting,
-    Done,
-    Lost,
-}
-
 /// A reply with one summed row for each row of its frame.
 #[derive(Debug)]
 pub(crate) struct Sum {
@@ -145,7 +101,7 @@ pub(crate) struct Landed {
 pub(crate) struct Flight {
     activations: Activations,
     combine: Combine,
-    pieces: Vec<Piece>,
+    pieces: Pieces,
     roots: Vec<PieceIdx>,
     frames: HashMap<FrameId, PieceIdx>,
     /// Rows that are asked for pair by pair.
@@ -169,7 +125,7 @@ impl Flight {
         let mut flight = Self {
             activations,
             combine,
-            pieces: Vec::new(),
+            pieces: Pieces::default(),
             roots: Vec::new(),
             frames: HashMap::new(),
             pair_rows: if as_pairs { rows.into_iter().collect() } else { BTreeSet::new() },
@@ -240,7 +196,6 @@ impl Flight {
         orders.push(Order { holder: holder.clone(), frame });
         around.counts.frames += 1;
         around.health.sent(&holder, frame_id, slots.len(), around.now);
-        let idx = self.pieces.len();
         let mut tried = parent.map_or_else(Vec::new, |parent| self.pieces[parent].tried.clone());
         tried.push(holder.clone());
         let sent = Sent {
@@ -252,7 +207,7 @@ impl Flight {
             hedge_at: around.health.hedge_after(slots.len()).map(|after| around.now + after),
             expires_at: around.now + around.dispatch_timeout,
         };
-        self.pieces.push(Piece {
+        let idx = self.pieces.push(Piece {
             slots,
             as_pairs,
             parent,
@@ -267,54 +222,12 @@ impl Flight {
     fn orphan(&mut self, slots: Vec<Slot>, as_pairs: bool, parent: Option<PieceIdx>) -> PieceIdx {
         let piece =
             Piece { slots, as_pairs, parent, tried: Vec::new(), state: State::Orphaned, covers: Vec::new() };
-        self.pieces.push(piece);
-        self.pieces.len() - 1
+        self.pieces.push(piece)
     }
 
     /// True once nothing is waited for.
     pub(crate) fn is_home(&self) -> bool {
-        self.roots.iter().all(|&root| self.progress(root) != Progress::Waiting)
-    }
-
-    fn progress(&self, idx: PieceIdx) -> Progress {
-        let piece = &self.pieces[idx];
-        let mut best = match piece.state {
-            State::Home { .. } => return Progress::Done,
-            State::Out(_) => Progress::Waiting,
-            State::Failed | State::Orphaned => Progress::Lost,
-        };
-        for cover in &piece.covers {
-            match self.cover_progress(cover) {
-                Progress::Done => return Progress::Done,
-                Progress::Waiting => best = Progress::Waiting,
-                Progress::Lost => {}
-            }
-        }
-        best
-    }
-
-    fn cover_progress(&self, cover: &[PieceIdx]) -> Progress {
-        let mut all = Progress::Done;
-        for &piece in cover {
-            match self.progress(piece) {
-                Progress::Waiting => return Progress::Waiting,
-                Progress::Lost => all = Progress::Lost,
-                Progress::Done => {}
-            }
-        }
-        all
-    }
-
-    /// True if nobody waits for this piece: it or something that it is part of is done.
-    fn is_settled(&self, idx: PieceIdx) -> bool {
-        let mut at = Some(idx);
-        while let Some(idx) = at {
-            if self.progress(idx) == Progress::Done {
-                return true;
-            }
-            at = self.pieces[idx].parent;
-        }
-        false
+        self.roots.iter().all(|&root| self.pieces.progress(root) != Progress::Waiting)
     }
 
     /// Takes a reply of `holder`; gives the frames that it makes necessary. A reply that nobody waits for (late, doubled,
@@ -327,7 +240,7 @@ impl Flight {
     ) -> Option<Vec<Order>> {
         let waiting = self.frames.get(&reply.id).copied().filter(|&idx| {
             let from_holder = matches!(&self.pieces[idx].state, State::Out(sent) if sent.holder == *holder);
-            from_holder && !self.is_settled(idx)
+            from_holder && !self.pieces.is_settled(idx)
         });
         let Some(idx) = waiting else {
             note_late(holder, &reply, around);
@@ -352,14 +265,14 @@ impl Flight {
         error: &Error,
         around: &mut Surroundings<'_>,
     ) -> Vec<Order> {
-        let gone = self.out(|sent| sent.holder == *holder);
+        let gone = self.pieces.out(|sent| sent.holder == *holder);
         gone.into_iter().flat_map(|idx| self.fail(idx, error.clone(), around)).collect()
     }
 
     /// `holder` has been ejected: what it owes is asked of others now, and its answers still count if they come first.
     pub(crate) fn hurry(&mut self, holder: &InstanceId, around: &mut Surroundings<'_>) -> Vec<Order> {
-        let slow = self.out(|sent| sent.holder == *holder);
-        let waiting = slow.into_iter().filter(|&idx| !self.is_settled(idx)).collect::<Vec<_>>();
+        let slow = self.pieces.out(|sent| sent.holder == *holder);
+        let waiting = slow.into_iter().filter(|&idx| !self.pieces.is_settled(idx)).collect::<Vec<_>>();
         waiting
             .into_iter()
             .flat_map(|idx| self.hedge(idx, |health| &mut health.failovers, around).unwrap_or_default())
@@ -370,7 +283,8 @@ impl Flight {
     pub(crate) fn tick(&mut self, around: &mut Surroundings<'_>) -> Vec<Order> {
         let now = around.now;
         let mut orders = Vec::new();
-        for idx in self.out(|sent| sent.expires_at <= now || sent.hedge_at.is_some_and(|at| at <= now)) {
+        for idx in self.pieces.out(|sent| sent.expires_at <= now || sent.hedge_at.is_some_and(|at| at <= now))
+        {
             let State::Out(sent) = &mut self.pieces[idx].state else { continue };
             if sent.expires_at <= now {
                 let message = format!("no reply from {} within {:?}", sent.holder, around.dispatch_timeout);
@@ -380,7 +294,7 @@ impl Flight {
             }
             sent.hedge_at = None;
             let n_pairs = self.pieces[idx].slots.len();
-            if self.is_settled(idx) {
+            if self.pieces.is_settled(idx) {
                 continue;
             }
             match self.hedge(idx, |health| &mut health.hedges, around) {
@@ -399,19 +313,13 @@ impl Flight {
 
     /// The next moment at which [`Flight::tick`] has something to do.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
-        let waiting = self.frames.values().filter(|&&idx| !self.is_settled(idx));
+        let waiting = self.frames.values().filter(|&&idx| !self.pieces.is_settled(idx));
         waiting
             .filter_map(|&idx| match &self.pieces[idx].state {
                 State::Out(sent) => Some(sent.hedge_at.map_or(sent.expires_at, |at| at.min(sent.expires_at))),
                 State::Home { .. } | State::Failed | State::Orphaned => None,
             })
             .min()
-    }
-
-    /// Pieces that are out and `chosen`, in the order they were sent.
-    fn out(&self, chosen: impl Fn(&Sent) -> bool) -> Vec<PieceIdx> {
-        let is_out = |piece: &Piece| matches!(&piece.state, State::Out(sent) if chosen(sent));
-        self.pieces.iter().enumerate().filter(|(_, piece)| is_out(piece)).map(|(idx, _)| idx).collect()
     }
 
     fn check(&self, idx: PieceIdx, sent: &Sent, reply: &Reply) -> Result<(), Error> {
@@ -459,7 +367,7 @@ impl Flight {
     }
 
     fn fail(&mut self, idx: PieceIdx, error: Error, around: &mut Surroundings<'_>) -> Vec<Order> {
-        let settled = self.is_settled(idx);
+        let settled = self.pieces.is_settled(idx);
         let piece = &mut self.pieces[idx];
         let State::Out(sent) = std::mem::replace(&mut piece.state, State::Failed) else { return Vec::new() };
         self.frames.remove(&sent.frame_id);
@@ -470,7 +378,7 @@ impl Flight {
         *around.counts.failures.entry(error.reason.clone().into_owned()).or_default() += 1;
         tracing::debug!(layer = %self.activations.layer, instance = %sent.holder, reason = %error.reason, %error, "frame failed");
         self.last_failure = Some(error);
-        if settled || self.progress(idx) == Progress::Waiting {
+        if settled || self.pieces.progress(idx) == Progress::Waiting {
             return Vec::new();
         }
         self.replace(idx, around)
@@ -498,7 +406,8 @@ impl Flight {
         budget: impl FnOnce(&mut Health) -> &mut Budget,
         around: &mut Surroundings<'_>,
     ) -> Result<Vec<Order>, NotHedged> {
-        if self.pieces[idx].covers.iter().any(|cover| self.cover_progress(cover) == Progress::Waiting) {
+        if self.pieces[idx].covers.iter().any(|cover| self.pieces.cover_progress(cover) == Progress::Waiting)
+        {
             return Ok(Vec::new());
         }
         let (parts, orphans) = self.plan_elsewhere(idx, around);
@@ -548,7 +457,7 @@ impl Flight {
         left.reverse();
         while let Some(idx) = left.pop() {
             if !matches!(self.pieces[idx].state, State::Home { .. }) {
-                match self.best_cover(idx) {
+                match self.pieces.best_cover(idx) {
                     Some(cover) => left.extend(cover.iter().rev()),
                     None => lost.extend(&self.pieces[idx].slots),
                 }
@@ -579,12 +488,6 @@ impl Flight {
         }
         debug_assert!(landed.pairs.values().all(|contributions| contributions.len() == top_k));
         landed
-    }
-
-    /// The cover that is home; without one, the last, for its lost pairs.
-    fn best_cover(&self, idx: PieceIdx) -> Option<&Vec<PieceIdx>> {
-        let covers = &self.pieces[idx].covers;
-        covers.iter().find(|cover| self.cover_progress(cover) == Progress::Done).or(covers.last())
     }
 
     pub(crate) fn activations(&self) -> &Activations {

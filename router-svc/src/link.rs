@@ -229,9 +229,6 @@ impl Links {
             let message = format!("{address} is now {}", holder.instance);
             return Err(Error::new(Code::Unavailable, "other_instance", message));
         }
-        if holder.draining {
-            return Err(Error::new(Code::Unavailable, "not_ready", format!("{address} is draining")));
-        }
         Ok(Connection { client, holder })
     }
 

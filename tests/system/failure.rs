@@ -1,6 +1,7 @@
 //! What users see when a part is away, frozen, wrong, leaving or too small.
 
 mod away;
+mod degraded;
 mod draining;
 mod large;
 mod stand_in;

@@ -179,6 +179,11 @@ impl Health {
                 // Whatever else it owes is from before; it does not speak against it any more.
                 server.owed.clear();
             }
+            // Its time is over and it was asked all the same, because nobody else could be: as good as a probe.
+            State::Ejected { until } if owed.sent_at >= until => {
+                server.state = State::In;
+                server.slowness = 1.0;
+            }
             // An answer from the time of its absence says nothing about frames in general.
             State::Ejected { .. } | State::Probing { .. } => return,
             State::In => server.ejections_in_a_row = 0,

@@ -1,4 +1,4 @@
-use ids::RowIndex;
+use ids::{Epoch, RowIndex, WeightsHash};
 use proto::{
     frame::Grid,
     rows::{Dtype, Rows},

@@ -217,6 +217,17 @@ impl Cluster {
         self.experts[index] = Member::start(&format!("expert {index}, again"), args).await;
     }
 
+    /// Starts the router again, where it was.
+    pub(crate) async fn restart_router(&mut self) {
+        let address = self.router.address.to_string();
+        let addresses = self.experts.iter().map(|expert| &expert.address).chain(&self.builder.other_experts);
+        let addresses: Vec<String> = addresses.map(SocketAddr::to_string).collect();
+        let registry = format!("static://{}", addresses.join(","));
+        let args = self.builder.service("router").chain(os(&["--listen", &address, "--registry", &registry]));
+        let args = args.chain(self.builder.router_args.iter().cloned()).collect();
+        self.router = Member::start("router, again", args).await;
+    }
+
     /// Waits until nothing is left of any request: no sequence, no page, no call, no frame.
     pub(crate) async fn idle(&self) {
         wait_for("idle router", async || {

@@ -96,6 +96,20 @@ fn a_silent_server_is_ejected_and_a_probe_brings_it_back() {
 }
 
 #[test]
+fn a_server_that_nobody_can_stand_in_for_comes_back_by_its_work() {
+    let mut bench = Bench::new(&["a"]);
+    bench.work("a", 40);
+    bench.send("a");
+    bench.wait(250);
+    assert_eq!(bench.health.tick(bench.now), [id("a")]);
+    bench.work("a", 1);
+    assert!(!bench.health.is_in(&id("a")), "its second is not over");
+    bench.wait(1000);
+    bench.work("a", 1);
+    assert!(bench.health.is_in(&id("a")));
+}
+
+#[test]
 fn failures_in_a_row_and_wrong_answers_eject() {
     let mut bench = Bench::new(&["a", "b", "c", "d"]);
     for failure in 1..=5 {

@@ -113,8 +113,9 @@ impl Session {
             let mut client = self.connection.client().await?;
             client.txn(txn).await
         };
-        let response =
-            within(CALL_TIMEOUT, Box::pin(write)).await.map_err(|error| Refused::Unreachable(error.to_string()))?;
+        let response = within(CALL_TIMEOUT, Box::pin(write))
+            .await
+            .map_err(|error| Refused::Unreachable(error.to_string()))?;
         if response.succeeded() {
             return Ok(());
         }

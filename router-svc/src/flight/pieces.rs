@@ -1,0 +1,135 @@
+//! The tree of a flight's pieces, and how far each has come.
+
+use std::{
+    ops::{Index, IndexMut},
+    time::Instant,
+};
+
+use ids::{Epoch, FrameId, InstanceId, WeightsHash};
+
+use crate::dispatch::Slot;
+
+/// Position of a piece in its flight.
+pub(super) type PieceIdx = usize;
+
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) slots: Vec<Slot>,
+    pub(super) as_pairs: bool,
+    pub(super) parent: Option<PieceIdx>,
+    /// Holders that have failed with these pairs, or are still at them.
+    pub(super) tried: Vec<InstanceId>,
+    pub(super) state: State,
+    /// Each does the whole piece again.
+    pub(super) covers: Vec<Vec<PieceIdx>>,
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    Out(Sent),
+    Home {
+        holder: InstanceId,
+        frame_rows: Vec<usize>,
+        values: Vec<f32>,
+    },
+    Failed,
+    /// Nobody holds these experts, or nobody that has not failed.
+    Orphaned,
+}
+
+#[derive(Debug)]
+pub(super) struct Sent {
+    pub(super) holder: InstanceId,
+    pub(super) epoch: Epoch,
+    pub(super) weights: WeightsHash,
+    pub(super) frame_id: FrameId,
+    pub(super) frame_rows: Vec<usize>,
+    /// When a second frame is due; None: nobody else could take it, or one is under way.
+    pub(super) hedge_at: Option<Instant>,
+    pub(super) expires_at: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    Waiting,
+    Done,
+    Lost,
+}
+
+/// All pieces of a flight, in the order they were made.
+#[derive(Debug, Default)]
+pub(super) struct Pieces(Vec<Piece>);
+
+impl Index<PieceIdx> for Pieces {
+    type Output = Piece;
+
+    fn index(&self, idx: PieceIdx) -> &Piece {
+        &self.0[idx]
+    }
+}
+
+impl IndexMut<PieceIdx> for Pieces {
+    fn index_mut(&mut self, idx: PieceIdx) -> &mut Piece {
+        &mut self.0[idx]
+    }
+}
+
+impl Pieces {
+    pub(super) fn push(&mut self, piece: Piece) -> PieceIdx {
+        self.0.push(piece);
+        self.0.len() - 1
+    }
+
+    pub(super) fn progress(&self, idx: PieceIdx) -> Progress {
+        let piece = &self.0[idx];
+        let mut best = match piece.state {
+            State::Home { .. } => return Progress::Done,
+            State::Out(_) => Progress::Waiting,
+            State::Failed | State::Orphaned => Progress::Lost,
+        };
+        for cover in &piece.covers {
+            match self.cover_progress(cover) {
+                Progress::Done => return Progress::Done,
+                Progress::Waiting => best = Progress::Waiting,
+                Progress::Lost => {}
+            }
+        }
+        best
+    }
+
+    pub(super) fn cover_progress(&self, cover: &[PieceIdx]) -> Progress {
+        let mut all = Progress::Done;
+        for &piece in cover {
+            match self.progress(piece) {
+                Progress::Waiting => return Progress::Waiting,
+                Progress::Lost => all = Progress::Lost,
+                Progress::Done => {}
+            }
+        }
+        all
+    }
+
+    /// True if nobody waits for this piece: it or something that it is part of is done.
+    pub(super) fn is_settled(&self, idx: PieceIdx) -> bool {
+        let mut at = Some(idx);
+        while let Some(idx) = at {
+            if self.progress(idx) == Progress::Done {
+                return true;
+            }
+            at = self.0[idx].parent;
+        }
+        false
+    }
+
+    /// Pieces that are out and `chosen`, in the order they were sent.
+    pub(super) fn out(&self, chosen: impl Fn(&Sent) -> bool) -> Vec<PieceIdx> {
+        let is_out = |piece: &Piece| matches!(&piece.state, State::Out(sent) if chosen(sent));
+        self.0.iter().enumerate().filter(|(_, piece)| is_out(piece)).map(|(idx, _)| idx).collect()
+    }
+
+    /// The cover that is home; without one, the last, for its lost pairs.
+    pub(super) fn best_cover(&self, idx: PieceIdx) -> Option<&Vec<PieceIdx>> {
+        let covers = &self.0[idx].covers;
+        covers.iter().find(|cover| self.cover_progress(cover) == Progress::Done).or(covers.last())
+    }
+}
