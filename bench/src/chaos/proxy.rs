@@ -188,6 +188,8 @@ impl Pump {
             }
             if toxic.reset_after > 0 && self.n_bytes >= toxic.reset_after {
                 reset(self.to.as_ref());
+                // Dropped, it would say goodbye first.
+                self.to.forget();
                 return Err(std::io::ErrorKind::ConnectionReset.into());
             }
             self.to.write_all(&buffer[..n]).await?;
