@@ -30,7 +30,7 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// How often an engine looks again at what waits for experts or for callers to go away.
+/// How often an engine without work looks again: at what waits for experts, for callers to go away, at late replies.
 const IDLE_TICK: Duration = Duration::from_millis(100);
 
 pub(crate) struct Engine {
@@ -46,7 +46,7 @@ pub(crate) struct Engine {
 
 enum Turn {
     Worked,
-    /// Nothing can be computed, but something waits.
+    /// Nothing can be computed, but something waits, or is waited for.
     Waiting,
     Idle,
 }
@@ -104,7 +104,8 @@ impl Engine {
         }
         let batch = self.scheduler.schedule(now, &view.table);
         if batch.is_empty() {
-            let waits = self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
+            let late = self.remote.hear_late();
+            let waits = late || self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
             return if waits { Turn::Waiting } else { Turn::Idle };
         }
         let result = self.forward(&batch);

@@ -100,14 +100,8 @@ impl Remote {
         })
     }
 
-    /// Sends the frames of one layer.
-    pub(crate) fn dispatch(
-        &mut self,
-        activations: Activations,
-        rows: impl IntoIterator<Item = usize>,
-        combine: Combine,
-    ) -> Flight {
-        // Whatever arrives between layers belongs to a flight that has landed.
+    /// Notes what arrived between layers: it belongs to flights that have landed. True if more of it may come.
+    pub(crate) fn hear_late(&mut self) -> bool {
         while let Ok(event) = self.events.try_recv() {
             match event {
                 LinkEvent::Reply { instance, reply } => {
@@ -116,6 +110,17 @@ impl Remote {
                 LinkEvent::Broken { instance, .. } => self.health.leave(&instance),
             }
         }
+        self.health.is_owed()
+    }
+
+    /// Sends the frames of one layer.
+    pub(crate) fn dispatch(
+        &mut self,
+        activations: Activations,
+        rows: impl IntoIterator<Item = usize>,
+        combine: Combine,
+    ) -> Flight {
+        self.hear_late();
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
         self.send(&mut flight, orders);
         flight

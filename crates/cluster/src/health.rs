@@ -329,6 +329,12 @@ impl Health {
         })
     }
 
+    /// True if any server owes a frame.
+    #[must_use]
+    pub fn is_owed(&self) -> bool {
+        self.servers.values().any(|server| !server.owed.is_empty())
+    }
+
     #[must_use]
     pub const fn n_ejections(&self) -> u64 {
         self.n_ejections
