@@ -130,12 +130,13 @@ async fn observe_and_ask(
         tell(cluster);
         events.push((started, began.elapsed(), event.clone()));
     }
-    let asked = load.await.context("the clients have gone")?;
+    let (asked, registered) = tokio::join!(load, registered_once(plan, cluster, began));
+    let (asked, registered) = (asked.context("the clients have gone")?, registered?);
     for answer in &asked.answers {
         history.note("answer", &serde_json::to_value(answer)?);
     }
     cluster.mend()?;
-    let registered = aftermath(plan, cluster, &views, began).await?;
+    aftermath(plan, &views).await;
     let observed = Observed {
         peaceful,
         answers: asked.answers,
@@ -263,14 +264,8 @@ async fn observe(
     }
 }
 
-/// Waits until the cluster has recovered, or long enough; gives when each living expert server was registered exactly
-/// once, since the last event.
-async fn aftermath(
-    plan: &Plan,
-    cluster: &Cluster,
-    views: &Mutex<Vec<Seen>>,
-    began: Instant,
-) -> anyhow::Result<Option<Duration>> {
+/// Waits until the cluster has recovered, or long enough.
+async fn aftermath(plan: &Plan, views: &Mutex<Vec<Seen>>) {
     let ends = Instant::now() + AFTERMATH;
     let checks = &plan.scenario.check;
     let recovered = || {
@@ -282,9 +277,18 @@ async fn aftermath(
     while needs && !recovered() && Instant::now() < ends {
         tokio::time::sleep(OBSERVE_INTERVAL).await;
     }
-    if checks.registered_within.is_none() {
+}
+
+/// When each living expert server was registered exactly once, since the last event.
+async fn registered_once(
+    plan: &Plan,
+    cluster: &Cluster,
+    began: Instant,
+) -> anyhow::Result<Option<Duration>> {
+    if plan.scenario.check.registered_within.is_none() {
         return Ok(None);
     }
+    let ends = Instant::now() + AFTERMATH + AFTERMATH;
     let last_event = plan.scenario.events.iter().rev().find(|event| event.action != Action::Thaw);
     let since = last_event.map_or(Duration::ZERO, |event| event.at);
     let tasks = Tasks::new();
@@ -299,7 +303,7 @@ async fn aftermath(
         .collect();
     alive.sort();
     let mut found = None;
-    while Instant::now() < ends + AFTERMATH {
+    while Instant::now() < ends {
         let mut registered: Vec<String> =
             members.borrow_and_update().members.values().map(|member| member.address.clone()).collect();
         registered.sort();
