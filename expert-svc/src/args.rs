@@ -46,6 +46,10 @@ pub struct Args {
     #[arg(long, env = "SHOAL_MEMORY_MAX", value_name = "BYTES", value_parser = memory::parse_bytes)]
     pub memory_max: Option<u64>,
 
+    /// Fault injection: compute each frame this much later
+    #[arg(long, env = "SHOAL_CHAOS_DELAY", value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub chaos_delay: Option<Duration>,
+
     /// How long to wait at shutdown until other servers hold what this one does, while a router is registered
     #[arg(long, env = "SHOAL_HANDOVER_TIMEOUT", value_name = "TIME", default_value = "10s",
           value_parser = humantime::parse_duration)]

@@ -163,7 +163,7 @@ mod tests {
             assignments: vec![assignment(0, 2), assignment(0, 1), assignment(1, 2)],
             combine,
             timeout: None,
-            traceparent: String::new(),
+            traceparents: Vec::new(),
             epoch: ids::Epoch::default(),
             weights: ids::WeightsHash::default(),
         }

@@ -13,6 +13,7 @@ pub(crate) struct Counters {
     frames: AtomicU64,
     frames_failed: AtomicU64,
     frames_late: AtomicU64,
+    frames_computed: AtomicU64,
     rows: AtomicU64,
     pairs: AtomicU64,
 }
@@ -26,6 +27,8 @@ pub(crate) struct Counts {
     pub(crate) frames_failed: u64,
     /// Of the failed, frames whose deadline had passed.
     pub(crate) frames_late: u64,
+    /// Frames computed.
+    pub(crate) frames_computed: u64,
     /// Rows of the frames computed.
     pub(crate) rows: u64,
     /// (row, expert) pairs of the frames computed.
@@ -43,6 +46,7 @@ impl Counters {
             frames: self.frames.load(Relaxed),
             frames_failed: self.frames_failed.load(Relaxed),
             frames_late: self.frames_late.load(Relaxed),
+            frames_computed: self.frames_computed.load(Relaxed),
             rows: self.rows.load(Relaxed),
             pairs: self.pairs.load(Relaxed),
         }
@@ -59,6 +63,7 @@ pub(crate) struct Receipt {
 impl Receipt {
     pub(crate) fn computed(mut self, frame: &Frame) {
         self.computed = true;
+        self.counters.frames_computed.fetch_add(1, Relaxed);
         self.counters.rows.fetch_add(frame.rows.n_rows() as u64, Relaxed);
         self.counters.pairs.fetch_add(frame.assignments.len() as u64, Relaxed);
     }

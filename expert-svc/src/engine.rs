@@ -14,7 +14,12 @@ use proto::{Code, Error, Frame, Reply, frame::Computed};
 use rayon::{ThreadPoolBuildError, ThreadPoolBuilder};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{combine::Combined, counters::Receipt, slot::Slot};
+use crate::{
+    combine::Combined,
+    counters::Receipt,
+    observe::{Observers, Times},
+    slot::Slot,
+};
 
 /// Frames of all streams that wait to be computed, at most 4 MiB of rows each. When the queue is full, streams are
 /// not read.
@@ -29,6 +34,7 @@ pub(crate) struct Job {
     pub(crate) frame: Frame,
     /// The frame's timeout runs from here.
     pub(crate) received: Instant,
+    pub(crate) queued: Instant,
     pub(crate) slot: Slot,
     pub(crate) receipt: Receipt,
 }
@@ -45,6 +51,7 @@ impl Engine {
         threads: usize,
         compute: Arc<Compute>,
         clock: Clock,
+        observers: Observers,
     ) -> Result<Self, ThreadPoolBuildError> {
         let pool =
             ThreadPoolBuilder::new().num_threads(threads).thread_name(|at| format!("expert-{at}")).build()?;
@@ -54,7 +61,7 @@ impl Engine {
         // computed without a thread being woken. The pool lives as long as the loop.
         pool.spawn(move || {
             while let Some(job) = jobs.blocking_recv() {
-                job.run(&*compute, &*clock);
+                job.run(&*compute, &*clock, &observers);
             }
             drop(ending);
         });
@@ -74,12 +81,13 @@ impl Engine {
 }
 
 impl Job {
-    fn run(self, compute: &Compute, clock: &dyn Fn() -> Instant) {
+    fn run(self, compute: &Compute, clock: &dyn Fn() -> Instant, observers: &Observers) {
         // The router left: its frame is dropped uncomputed.
         if self.slot.is_abandoned() {
             return;
         }
-        let Self { frame, received, slot, receipt } = self;
+        let Self { frame, received, queued, slot, receipt } = self;
+        let traced = observers.traced(&frame);
         let started = clock();
         let waited = started.duration_since(received);
         let outcome = match frame.timeout {
@@ -98,11 +106,17 @@ impl Job {
                     rows: combined.rows,
                     overflow_rows: combined.overflow_rows,
                     compute_time: clock().duration_since(started),
+                    queue_time: started.duration_since(queued),
                 })
             }
         };
         // The weights that computed it are those that it asked for: with any others it is not computed.
-        slot.reply(Reply { id: frame.id, epoch: frame.epoch, weights: frame.weights, outcome });
+        let computed = clock();
+        let failure = outcome.as_ref().err().cloned();
+        let reply = Reply { id: frame.id, epoch: frame.epoch, weights: frame.weights, outcome };
+        let replied = slot.reply(reply, clock);
+        let times = Times { received, queued, started, computed, replied };
+        observers.answered(&times, traced.as_ref(), failure.as_ref());
     }
 }
 

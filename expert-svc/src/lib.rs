@@ -16,6 +16,7 @@ mod group;
 mod handover;
 mod lifecycle;
 mod memory;
+mod observe;
 mod placed;
 mod presence;
 mod selection;

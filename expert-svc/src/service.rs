@@ -11,10 +11,14 @@ use anyhow::Context as _;
 use cluster::Session;
 use ids::InstanceId;
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
-use telemetry::Tasks;
+use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Router, Server, TcpIncoming};
+use tonic::{
+    service::Routes,
+    transport::server::{Router, Server, TcpIncoming},
+};
+use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::{
     Args,
@@ -23,6 +27,7 @@ use crate::{
     engine::{Clock, Engine},
     lifecycle::Lifecycle,
     memory,
+    observe::{self, Observers},
     presence::Presence,
     selection::Selection,
     shard::Shard,
@@ -47,7 +52,8 @@ const REGISTRY_END_TIMEOUT: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// Address in use, wrong flags, wrong checkpoint: the chain names what is at fault.
-pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+    let tasks = process.tasks.clone();
     let selection = args.selection()?;
     let listener =
         TcpListener::bind(&args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
@@ -65,11 +71,17 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
         None => std::thread::available_parallelism().context("cannot count the cores; give --threads")?.get(),
     };
     let compute = Arc::clone(&shard);
-    let engine = Engine::start(threads, Arc::new(move |frame: &_| compute.compute(frame)), system_clock())
+    let delay = args.chaos_delay;
+    let compute = move |frame: &_| {
+        delayed(delay);
+        compute.compute(frame)
+    };
+    let observers = Observers::new(&process.metrics, process.tracer.clone());
+    let engine = Engine::start(threads, Arc::new(compute), system_clock(), observers)
         .context("cannot start the compute threads")?;
     let counters = Arc::new(Counters::default());
     let streams = Streams::new(shard.hidden_size(), engine.queue(), counters, system_clock(), tasks.clone());
-    let instance = InstanceId::from(uuid::Uuid::new_v4().to_string().as_str());
+    let instance = InstanceId::from(process.instance.as_str());
     tracing::info!(%instance, %address, advertised, threads, "listening");
 
     // The registry is left last: its tasks outlive the others.
@@ -82,10 +94,14 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
         .map(|registry| Session::open(registry, &registered))
         .transpose()
         .context("--registry")?;
+    if let Some(session) = &session {
+        session.observe(&process.metrics);
+    }
     let presence = Arc::new(Presence::new(instance, advertised, shard));
+    observe::read(&process.metrics, &presence, &streams);
     let (health, health_service) = tonic_health::server::health_reporter();
     let api = Api { presence: Arc::clone(&presence), streams: streams.clone() };
-    let router = router(api)?.add_service(health_service);
+    let router = router(api, health_service, &process.metrics)?;
     let stop = CancellationToken::new();
     let server = router.serve_with_incoming_shutdown(incoming(listener), stop.clone().cancelled_owned());
     let lifecycle = Lifecycle {
@@ -131,7 +147,7 @@ fn open(model: PathBuf, selection: &Selection, memory_bytes_max: u64) -> anyhow:
     Ok(Shard::new(checkpoint, &experts, memory_bytes_max))
 }
 
-fn router(api: Api) -> anyhow::Result<Router> {
+fn router(api: Api, health: HealthServer<impl Health>, metrics: &Metrics) -> anyhow::Result<Router> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::v1::FILE_DESCRIPTOR_SET)
@@ -143,15 +159,26 @@ fn router(api: Api) -> anyhow::Result<Router> {
     let expert = ExpertServer::new(api)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let services = Routes::new(expert)
+        .add_service(health)
+        .add_service(reflection().build_v1().context("cannot serve reflection v1")?)
+        .add_service(reflection().build_v1alpha().context("cannot serve reflection v1alpha")?);
     Ok(Server::builder()
         .initial_stream_window_size(HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .add_service(expert)
-        .add_service(reflection().build_v1().context("cannot serve reflection v1")?)
-        .add_service(reflection().build_v1alpha().context("cannot serve reflection v1alpha")?))
+        // For `/metrics`, which is plain HTTP on the same port.
+        .accept_http1(true)
+        .add_routes(metrics.mount(services.into_axum_router()).into()))
+}
+
+#[expect(clippy::disallowed_methods, reason = "--chaos-delay is there to be slow")]
+fn delayed(delay: Option<Duration>) {
+    if let Some(delay) = delay {
+        std::thread::sleep(delay);
+    }
 }
 
 /// Without `TCP_NODELAY` on accepted sockets, replies wait up to 40 ms for a delayed acknowledgement. tonic sets it

@@ -4,6 +4,7 @@
 use std::{
     pin::Pin,
     task::{Context, Poll},
+    time::Instant,
 };
 
 use proto::{Reply, v1};
@@ -56,8 +57,12 @@ impl Slot {
         self.replies.is_closed()
     }
 
-    pub(crate) fn reply(self, reply: Reply) {
-        self.place.send(Ok(reply.into_wire()));
+    /// Gives the time at which the reply was about to be handed over: the router has it later than that.
+    pub(crate) fn reply(self, reply: Reply, clock: &dyn Fn() -> Instant) -> Instant {
+        let wire = reply.into_wire();
+        let now = clock();
+        self.place.send(Ok(wire));
+        now
     }
 
     /// Ends the stream with an error instead of a reply.

@@ -94,7 +94,13 @@ impl Streams {
     }
 
     pub(crate) fn n_open(&self) -> u32 {
-        STREAMS_MAX - u32::try_from(self.open.available_permits()).unwrap_or(STREAMS_MAX)
+        n_open(&self.open)
+    }
+
+    /// [`Streams::n_open`] for whoever asks after the streams are gone.
+    pub(crate) fn n_open_later(&self) -> impl Fn() -> u32 + Send + Sync + 'static {
+        let open = Arc::clone(&self.open);
+        move || n_open(&open)
     }
 
     /// Resolves when no stream is open; none can be opened while this waits.
@@ -136,25 +142,30 @@ impl Streams {
         let failure = |error| Reply { id, epoch, weights, outcome: Err(error) };
         match checked(wire, self.hidden_size) {
             Ok(frame) => {
-                let job = Job { frame, received, slot, receipt };
+                let job = Job { frame, received, queued: (self.clock)(), slot, receipt };
                 if let Err(mpsc::error::SendError(Job { slot, receipt, .. })) = self.queue.send(job).await {
                     receipt.failed();
-                    slot.reply(failure(Error::internal("the compute threads have ended")));
+                    slot.reply(failure(Error::internal("the compute threads have ended")), &*self.clock);
                 }
             }
             Err(error) => {
                 tracing::debug!(frame = %id, reason = %error.reason, %error, "frame refused");
                 receipt.failed();
-                slot.reply(match error.reason.as_ref() {
+                let reply = match error.reason.as_ref() {
                     // Nothing that it says is certain. Its id is as good a guess as any.
                     "checksum_mismatch" => {
                         Reply { epoch: Epoch::default(), weights: WeightsHash::default(), ..failure(error) }
                     }
                     _ => failure(error),
-                });
+                };
+                slot.reply(reply, &*self.clock);
             }
         }
     }
+}
+
+fn n_open(open: &Semaphore) -> u32 {
+    STREAMS_MAX - u32::try_from(open.available_permits()).unwrap_or(STREAMS_MAX)
 }
 
 /// A frame whose parts agree and whose reply fits a message.

@@ -41,6 +41,12 @@ pub struct Args {
     /// How long an answer that lost its router waits for another one
     #[arg(long, env = "SHOAL_REPAIR_WAIT", default_value = "10s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub repair_wait: Duration,
+    /// Page for traces, such as Jaeger's http://host:16686: answers then say where their trace is
+    #[arg(long, env = "SHOAL_TRACE_URL", value_name = "URL")]
+    pub trace_url: Option<String>,
+    /// Write prompts to the log; otherwise no text of a request is ever written anywhere
+    #[arg(long, env = "SHOAL_LOG_PROMPTS")]
+    pub log_prompts: bool,
     /// How long running answers may take to finish after SIGTERM
     #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,

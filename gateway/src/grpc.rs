@@ -2,18 +2,20 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 use proto::{
     Error,
     v1::{self, chat_server::Chat},
 };
 use serde_json::{Map, Value, json};
 use text::ChatInput;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tracing::Instrument as _;
 
 use crate::{
     answer::{Delta, Logprob, Usage},
     http::raw_prompts,
+    observe::{Caller, Endpoint, Watch},
     openai::completions::RawPrompt,
     request::{Ask, Deltas, Options, serve},
     service::Gateway,
@@ -29,8 +31,9 @@ impl Chat for Door {
     type CompleteStreamStream = Replies<v1::CompleteDelta>;
 
     async fn chat(&self, request: Request<v1::ChatRequest>) -> Result<Response<v1::ChatReply>, Status> {
-        let (id, mut deltas) = self.start_chat(request.into_inner()).await?;
-        let mut reply = v1::ChatReply { id, model: self.0.name.clone(), ..v1::ChatReply::default() };
+        let call = self.call(Endpoint::Chat, request, Self::start_chat).await?;
+        let mut deltas = call.deltas;
+        let mut reply = v1::ChatReply { id: call.id, model: self.0.name.clone(), ..v1::ChatReply::default() };
         while let Some(delta) = deltas.next().await {
             let delta = delta?;
             reply.content.push_str(&delta.content);
@@ -41,14 +44,14 @@ impl Chat for Door {
                 reply.usage = Some(usage(&total));
             }
         }
-        Ok(Response::new(reply))
+        Ok(call.watched.respond(reply))
     }
 
     async fn chat_stream(
         &self,
         request: Request<v1::ChatRequest>,
     ) -> Result<Response<Self::ChatStreamStream>, Status> {
-        let (id, deltas) = self.start_chat(request.into_inner()).await?;
+        let Call { id, deltas, watched } = self.call(Endpoint::Chat, request, Self::start_chat).await?;
         let model = self.0.name.clone();
         let replies = deltas.map(move |delta| {
             let Delta { reasoning, content, logprobs, end, .. } = delta?;
@@ -62,15 +65,17 @@ impl Chat for Door {
                 logprobs: logprobs.into_iter().map(logprob).collect(),
             })
         });
-        Ok(Response::new(Box::pin(replies)))
+        Ok(watched.respond(Box::pin(replies)))
     }
 
     async fn complete(
         &self,
         request: Request<v1::CompleteRequest>,
     ) -> Result<Response<v1::CompleteReply>, Status> {
-        let (id, mut deltas) = self.start_completion(request.into_inner()).await?;
-        let mut reply = v1::CompleteReply { id, model: self.0.name.clone(), ..v1::CompleteReply::default() };
+        let call = self.call(Endpoint::Completions, request, Self::start_completion).await?;
+        let mut deltas = call.deltas;
+        let mut reply =
+            v1::CompleteReply { id: call.id, model: self.0.name.clone(), ..v1::CompleteReply::default() };
         while let Some(delta) = deltas.next().await {
             let delta = delta?;
             reply.text.push_str(&delta.content);
@@ -81,14 +86,15 @@ impl Chat for Door {
                 reply.usage = Some(usage(&total));
             }
         }
-        Ok(Response::new(reply))
+        Ok(call.watched.respond(reply))
     }
 
     async fn complete_stream(
         &self,
         request: Request<v1::CompleteRequest>,
     ) -> Result<Response<Self::CompleteStreamStream>, Status> {
-        let (id, deltas) = self.start_completion(request.into_inner()).await?;
+        let Call { id, deltas, watched } =
+            self.call(Endpoint::Completions, request, Self::start_completion).await?;
         let model = self.0.name.clone();
         let replies = deltas.map(move |delta| {
             let Delta { content, ids, logprobs, end, .. } = delta?;
@@ -102,7 +108,7 @@ impl Chat for Door {
                 logprobs: logprobs.into_iter().map(logprob).collect(),
             })
         });
-        Ok(Response::new(Box::pin(replies)))
+        Ok(watched.respond(Box::pin(replies)))
     }
 
     async fn models(&self, _: Request<v1::ModelsRequest>) -> Result<Response<v1::ModelsReply>, Status> {
@@ -112,8 +118,82 @@ impl Chat for Door {
     }
 }
 
+/// A call that has begun.
+struct Call {
+    id: String,
+    deltas: Replies<Delta>,
+    watched: Watched,
+}
+
+/// What a response says of its trace.
+struct Watched(Arc<Watch>);
+
+impl Watched {
+    fn respond<T>(&self, message: T) -> Response<T> {
+        let mut response = Response::new(message);
+        self.say(response.metadata_mut());
+        response
+    }
+
+    fn say(&self, metadata: &mut MetadataMap) {
+        // Hexadecimal digits are always a value.
+        if let Ok(trace_id) = self.0.trace_id().parse() {
+            metadata.insert("x-shoal-trace-id", trace_id);
+        }
+        if let Some(Ok(url)) = self.0.trace_url().map(|url| url.parse()) {
+            metadata.insert("x-shoal-trace-url", url);
+        }
+    }
+
+    fn refuse(&self, error: Error) -> Status {
+        self.0.fail(&error);
+        let mut status = Status::from(error);
+        self.say(status.metadata_mut());
+        status
+    }
+}
+
+/// Most of a client's own request id.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
 impl Door {
-    async fn start_chat(&self, request: v1::ChatRequest) -> Result<(String, Deltas), Error> {
+    /// Begins a call with `start`, watched to its last message.
+    async fn call<R>(
+        &self,
+        endpoint: Endpoint,
+        request: Request<R>,
+        start: impl AsyncFnOnce(&Self, R, String, &Arc<Watch>) -> Result<(String, Deltas), Error>,
+    ) -> Result<Call, Status> {
+        let header =
+            |name| request.metadata().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let caller = Caller {
+            traceparent: header("traceparent"),
+            tracestate: header("tracestate"),
+            shoal_trace: header("x-shoal-trace"),
+        };
+        let id = match header("x-request-id") {
+            "" => uuid::Uuid::new_v4().simple().to_string(),
+            given => given.chars().take(REQUEST_ID_BYTES_MAX).collect(),
+        };
+        let watch = Watch::begin(&self.0, endpoint, caller, &id);
+        watch.set("rpc.system.name", "grpc");
+        let log = watch.log.clone();
+        let watched = Watched(Arc::clone(&watch));
+        match start(self, request.into_inner(), id, &watch).instrument(log).await {
+            Ok((id, deltas)) => {
+                let deltas = Box::pin(watch_to_end(deltas, Watched(watch)));
+                Ok(Call { id, deltas, watched })
+            }
+            Err(error) => Err(watched.refuse(error)),
+        }
+    }
+
+    async fn start_chat(
+        &self,
+        request: v1::ChatRequest,
+        id: String,
+        watch: &Arc<Watch>,
+    ) -> Result<(String, Deltas), Error> {
         self.check_model(&request.model)?;
         if request.messages.is_empty() {
             return Err(Error::invalid("messages", "messages is empty"));
@@ -143,10 +223,15 @@ impl Door {
             as_given: false,
         };
         let prompt = self.0.chat_prompt(input).await?;
-        self.start("chatcmpl", prompt, request.options, true).await
+        self.start(id, prompt, request.options, true, watch).await
     }
 
-    async fn start_completion(&self, request: v1::CompleteRequest) -> Result<(String, Deltas), Error> {
+    async fn start_completion(
+        &self,
+        request: v1::CompleteRequest,
+        id: String,
+        watch: &Arc<Watch>,
+    ) -> Result<(String, Deltas), Error> {
         self.check_model(&request.model)?;
         let raw = match request.prompt {
             Some(v1::complete_request::Prompt::Text(text)) => RawPrompt::Text(text),
@@ -154,26 +239,45 @@ impl Door {
             None => return Err(Error::invalid("prompt", "prompt is missing")),
         };
         let prompt = raw_prompts(&self.0, vec![raw])?.swap_remove(0);
-        self.start("cmpl", prompt, request.options, false).await
+        self.start(id, prompt, request.options, false, watch).await
     }
 
     async fn start(
         &self,
-        prefix: &str,
+        id: String,
         prompt: text::Prompt,
         options: Option<v1::SamplingOptions>,
         chat: bool,
+        watch: &Arc<Watch>,
     ) -> Result<(String, Deltas), Error> {
-        let id = uuid::Uuid::new_v4().simple().to_string();
         let options = checked(options.unwrap_or_default())?;
-        let ask = Ask { id: id.clone(), prompts: vec![prompt], n: 1, options, chat };
-        Ok((format!("{prefix}-{id}"), serve(&self.0, ask).await?.deltas))
+        self.0.log_prompt(&prompt);
+        let prefix = if chat { "chatcmpl" } else { "cmpl" };
+        let called = format!("{prefix}-{id}");
+        let ask = Ask { id, prompts: vec![prompt], n: 1, options, chat, watch: Arc::clone(watch) };
+        watch.asked(&ask, true);
+        Ok((called, serve(&self.0, ask).await?.deltas))
     }
 
     /// No name is any name: one model is served.
     fn check_model(&self, name: &str) -> Result<(), Error> {
         if name.is_empty() { Ok(()) } else { self.0.check_model(Some(name)) }
     }
+}
+
+/// Tells the watch how the answer ended.
+fn watch_to_end(deltas: Deltas, watched: Watched) -> impl Stream<Item = Result<Delta, Status>> + Send {
+    stream::unfold((deltas, watched), |(mut deltas, watched)| async move {
+        let log = watched.0.log.clone();
+        let delta = match deltas.next().instrument(log).await {
+            Some(delta) => delta.map_err(|error| watched.refuse(error)),
+            None => {
+                watched.0.end();
+                return None;
+            }
+        };
+        Some((delta, (deltas, watched)))
+    })
 }
 
 fn checked(options: v1::SamplingOptions) -> Result<Options, Error> {

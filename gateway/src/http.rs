@@ -1,23 +1,30 @@
 //! The HTTP door: paths, bodies, headers. What requests mean is in `openai`, what happens with them in `request`.
 
-use std::sync::Arc;
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use axum::{
-    Json, Router,
-    body::{Body, Bytes},
-    extract::{Path, Request, State},
+    Extension, Json, Router,
+    body::{Body, Bytes, HttpBody},
+    extract::{MatchedPath, Path, Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use futures_util::{StreamExt as _, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http_body::{Frame, SizeHint};
 use proto::{Code, Error};
 use serde_json::{Value, json};
 use text::Prompt;
+use tracing::Instrument as _;
 
 use crate::{
     answer::{Delta, Usage},
+    observe::{Caller, Endpoint, Watch},
     openai::{
         self, Head, chat,
         completions::{self, RawPrompt},
@@ -29,6 +36,9 @@ use crate::{
 };
 
 const REQUEST_ID: &str = "x-request-id";
+const TRACE_ID: &str = "x-shoal-trace-id";
+/// Where the trace can be looked at.
+const TRACE_URL: &str = "x-shoal-trace-url";
 /// On answers for which experts were left out.
 const DEGRADED: &str = "x-shoal-degraded";
 /// A client's own request id is taken up to this length.
@@ -44,9 +54,10 @@ impl From<Error> for Refusal {
 }
 
 impl IntoResponse for Refusal {
+    /// Headers only: [`watched`] knows the request's ids and writes the body.
     fn into_response(self) -> Response {
         let Self(error) = self;
-        let mut response = (error.code.http(), Json(openai::error::body(&error))).into_response();
+        let mut response = error.code.http().into_response();
         let headers = response.headers_mut();
         if matches!(error.code, Code::Overloaded | Code::Unavailable) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
@@ -57,6 +68,7 @@ impl IntoResponse for Refusal {
         if error.code.http().is_server_error() {
             tracing::warn!(code = error.code.as_str(), reason = %error.reason, %error, "request failed");
         }
+        response.extensions_mut().insert(error);
         response
     }
 }
@@ -75,23 +87,90 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
         .route("/version", get(version))
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)
-        .layer(middleware::from_fn(request_id))
+        .layer(middleware::from_fn_with_state(Arc::clone(&gateway), watched))
         .with_state(gateway)
 }
 
-/// Takes the client's request id or makes one, and sends it back.
-async fn request_id(mut request: Request, next: Next) -> Response {
+/// Takes the client's request id or makes one, watches the request to its last byte, and says which trace it is in.
+async fn watched(State(gateway): State<Arc<Gateway>>, mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
     let made = || HeaderValue::from_str(&uuid::Uuid::new_v4().simple().to_string());
     let Ok(id) = given.map_or_else(made, Ok) else { return next.run(request).await };
     request.headers_mut().insert(REQUEST_ID, id.clone());
-    let mut response = next.run(request).await;
-    response.headers_mut().insert(REQUEST_ID, id);
-    response
+    let watch = watch(&gateway, &request, id.to_str().unwrap_or_default());
+    request.extensions_mut().insert(Arc::clone(&watch));
+    let mut response = next.run(request).instrument(watch.log.clone()).await;
+    watch.set("http.response.status_code", i64::from(response.status().as_u16()));
+    if let Some(error) = response.extensions_mut().remove::<Error>() {
+        watch.fail(&error);
+        let (parts, _) = response.into_parts();
+        response = (parts.status, parts.headers, Json(openai::error::body(&error, &watch.trace_id())))
+            .into_response();
+    }
+    if response.body().is_end_stream() {
+        watch.end();
+    }
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, id);
+    if let Ok(trace_id) = HeaderValue::from_str(&watch.trace_id()) {
+        headers.insert(TRACE_ID, trace_id);
+    }
+    if let Some(Ok(url)) = watch.trace_url().map(|url| HeaderValue::from_str(&url)) {
+        headers.insert(TRACE_URL, url);
+    }
+    response.map(|body| Body::new(Watched { body, watch }))
+}
+
+/// The watch on a request that has come in.
+fn watch(gateway: &Arc<Gateway>, request: &Request, id: &str) -> Arc<Watch> {
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let caller = Caller {
+        traceparent: header("traceparent"),
+        tracestate: header("tracestate"),
+        shoal_trace: header("x-shoal-trace"),
+    };
+    let watch = Watch::begin(gateway, Endpoint::of_route(route), caller, id);
+    watch.set("http.request.method", request.method().to_string());
+    watch.set("http.route", route.to_owned());
+    watch
+}
+
+/// A body that keeps the watch on its request until its last byte.
+struct Watched {
+    body: Body,
+    watch: Arc<Watch>,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Self { body, watch } = &mut *self;
+        let _in_request = watch.log.enter();
+        let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(context));
+        if frame.is_none() || body.is_end_stream() {
+            watch.end();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 async fn chat_completions(
     State(gateway): State<Arc<Gateway>>,
+    Extension(watch): Extension<Arc<Watch>>,
     request: Request,
 ) -> Result<Response, Refusal> {
     let (id, body) = read(&gateway, request).await?;
@@ -99,12 +178,21 @@ async fn chat_completions(
     gateway.check_model(fields.text("model")?)?;
     let request = chat::Request::parse(&fields)?;
     let prompt = gateway.chat_prompt(request.input).await?;
+    gateway.log_prompt(&prompt);
     let head = head(&gateway, "chatcmpl", &id);
     let wants_logprobs = request.options.top_logprobs.is_some();
-    let ask = Ask { id, prompts: vec![prompt], n: request.n, options: request.options, chat: true };
+    let ask = Ask {
+        id,
+        prompts: vec![prompt],
+        n: request.n,
+        options: request.options,
+        chat: true,
+        watch: Arc::clone(&watch),
+    };
+    watch.asked(&ask, request.streaming.stream);
     let Served { deltas, degraded } = serve(&gateway, ask).await?;
     if request.streaming.stream {
-        let response = stream_chat(head, deltas, request.n, request.streaming.include_usage);
+        let response = stream_chat(head, deltas, watch, request.n, request.streaming.include_usage);
         return Ok(mark_degraded(response, degraded));
     }
     let mut whole = chat::Whole::new(request.n, wants_logprobs);
@@ -113,10 +201,10 @@ async fn chat_completions(
     Ok(mark_degraded(Json(whole.into_json(&head)).into_response(), degraded))
 }
 
-fn stream_chat(head: Head, deltas: Deltas, n: usize, include_usage: bool) -> Response {
+fn stream_chat(head: Head, deltas: Deltas, watch: Arc<Watch>, n: usize, include_usage: bool) -> Response {
     let roles: Vec<Value> = (0..n).map(|index| chat::role_chunk(&head, index)).collect();
     let mut total = Total::default();
-    let events = events(deltas, move |event| match event {
+    let events = events(deltas, watch, move |event| match event {
         Event::Delta(delta) => {
             total.add(&delta, |_| 0);
             Some(chat::delta_chunk(&head, &delta))
@@ -128,6 +216,7 @@ fn stream_chat(head: Head, deltas: Deltas, n: usize, include_usage: bool) -> Res
 
 async fn text_completions(
     State(gateway): State<Arc<Gateway>>,
+    Extension(watch): Extension<Arc<Watch>>,
     request: Request,
 ) -> Result<Response, Refusal> {
     let (id, body) = read(&gateway, request).await?;
@@ -135,15 +224,17 @@ async fn text_completions(
     gateway.check_model(fields.text("model")?)?;
     let request = completions::Request::parse(&fields)?;
     let prompts = raw_prompts(&gateway, request.prompts)?;
+    prompts.iter().for_each(|prompt| gateway.log_prompt(prompt));
     let (n_prompts, n) = (prompts.len(), request.n);
     let head = head(&gateway, "cmpl", &id);
     let wants_logprobs = request.options.top_logprobs.is_some();
-    let ask = Ask { id, prompts, n, options: request.options, chat: false };
+    let ask = Ask { id, prompts, n, options: request.options, chat: false, watch: Arc::clone(&watch) };
+    watch.asked(&ask, request.streaming.stream);
     let Served { deltas, degraded } = serve(&gateway, ask).await?;
     let mut whole = completions::Whole::new(n_prompts, n, wants_logprobs);
     if request.streaming.stream {
         let include_usage = request.streaming.include_usage;
-        let response = sse::response(events(deltas, move |event| match event {
+        let response = sse::response(events(deltas, watch, move |event| match event {
             Event::Delta(delta) => {
                 let chunk = completions::delta_chunk(&head, &delta);
                 whole.add(delta);
@@ -209,6 +300,7 @@ enum Event {
 /// Pieces → events; a failure becomes an error event, never a silent end.
 fn events(
     deltas: Deltas,
+    watch: Arc<Watch>,
     mut write: impl FnMut(Event) -> Option<Value> + Send + 'static,
 ) -> impl futures_util::Stream<Item = Value> + Send + 'static {
     let ended = stream::once(std::future::ready(None));
@@ -220,7 +312,8 @@ fn events(
             Some(Err(error)) => {
                 failed = true;
                 tracing::warn!(code = error.code.as_str(), reason = %error.reason, %error, "stream failed");
-                Some(openai::error::body(&error))
+                watch.fail(&error);
+                Some(openai::error::body(&error, &watch.trace_id()))
             }
             None => write(Event::End),
         };
@@ -326,6 +419,7 @@ async fn not_found(request: Request) -> Refusal {
 
 async fn not_allowed(request: Request) -> Response {
     let message = format!("{} does not take {}", request.uri().path(), request.method());
-    let error = Error::new(Code::InvalidArgument, "method_not_allowed", message);
-    (StatusCode::METHOD_NOT_ALLOWED, Json(openai::error::body(&error))).into_response()
+    let mut response = StatusCode::METHOD_NOT_ALLOWED.into_response();
+    response.extensions_mut().insert(Error::new(Code::InvalidArgument, "method_not_allowed", message));
+    response
 }

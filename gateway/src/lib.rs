@@ -7,6 +7,7 @@ mod args;
 mod choose;
 mod grpc;
 mod http;
+mod observe;
 mod openai;
 mod repair;
 mod request;

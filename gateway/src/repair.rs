@@ -5,10 +5,12 @@
 use std::{sync::Arc, time::Duration};
 
 use proto::{Code, Error, v1};
+use telemetry::trace::Span;
 use tokio::time::Instant;
 use tonic::Streaming;
 
 use crate::{
+    observe::Watch,
     route::{Routed, failure},
     service::Gateway,
 };
@@ -28,9 +30,11 @@ pub(crate) struct Limits {
 
 pub(crate) struct Replies {
     gateway: Arc<Gateway>,
+    watch: Arc<Watch>,
+    choice: usize,
     /// With the ids emitted so far.
     request: v1::GenerateRequest,
-    current: Option<(Routed, Streaming<v1::GenerateReply>)>,
+    current: Option<Call>,
     /// Routers that have failed this sequence.
     failed: Vec<String>,
     n_repairs: u32,
@@ -39,6 +43,13 @@ pub(crate) struct Replies {
     pub(crate) eos_ids: Vec<u32>,
     /// The router said beforehand that experts are missing and will be left out.
     pub(crate) degraded: bool,
+}
+
+/// A sequence at one router. The span ends with it.
+struct Call {
+    routed: Routed,
+    stream: Streaming<v1::GenerateReply>,
+    span: Span,
 }
 
 /// What a failure calls for.
@@ -64,12 +75,16 @@ impl Replies {
     /// Finds a router that takes the sequence. `request` is made for the router chosen first; all are alike.
     pub(crate) async fn start(
         gateway: &Arc<Gateway>,
+        watch: &Arc<Watch>,
+        choice: usize,
         prompt: &[u32],
         request: impl FnOnce(&v1::RouterStatus) -> Result<v1::GenerateRequest, Error>,
     ) -> Result<Self, Error> {
         let routed = gateway.routes.choose(prompt, &[])?;
         let mut replies = Self {
             gateway: Arc::clone(gateway),
+            watch: Arc::clone(watch),
+            choice,
             request: request(&routed.status)?,
             current: None,
             failed: Vec::new(),
@@ -97,7 +112,7 @@ impl Replies {
                     return Ok(Some(reply));
                 }
                 Err(error) => {
-                    self.fail_current();
+                    self.fail_current(&error);
                     self.recover(error).await?;
                 }
             }
@@ -105,7 +120,7 @@ impl Replies {
     }
 
     async fn receive(&mut self) -> Result<v1::GenerateReply, Error> {
-        let Some((routed, stream)) = &mut self.current else {
+        let Some(Call { routed, stream, .. }) = &mut self.current else {
             // A repair was under way when the one who waited for it gave up.
             return Err(Error::new(Code::Unavailable, "router_gone", "the router is gone"));
         };
@@ -130,25 +145,40 @@ impl Replies {
         }
     }
 
-    fn fail_current(&mut self) {
-        if let Some((routed, _)) = self.current.take()
-            && !self.failed.contains(&routed.route.key)
-        {
-            self.failed.push(routed.route.key.clone());
+    fn fail_current(&mut self, error: &Error) {
+        if let Some(Call { routed, mut span, .. }) = self.current.take() {
+            span.fail(&error.reason, &error.message);
+            if !self.failed.contains(&routed.route.key) {
+                self.failed.push(routed.route.key.clone());
+            }
         }
     }
 
     async fn open(&mut self, routed: Routed) -> Result<(), Error> {
-        match routed.route.client().generate(self.request.clone()).await {
+        let emitted = self.request.emitted_ids.len();
+        let mut span = self.watch.call(&routed.route.key, self.choice, self.n_repairs, emitted);
+        let mut request = tonic::Request::new(self.request.clone());
+        let context = span.context();
+        let headers =
+            [("traceparent", context.traceparent()), ("tracestate", context.tracestate().to_owned())];
+        for (name, value) in headers.into_iter().filter(|(_, value)| !value.is_empty()) {
+            // Hexadecimal digits and such: always a value.
+            if let Ok(value) = value.parse() {
+                request.metadata_mut().insert(name, value);
+            }
+        }
+        match routed.route.client().generate(request).await {
             Ok(response) => {
-                self.current = Some((routed, response.into_inner()));
+                self.current = Some(Call { routed, stream: response.into_inner(), span });
                 Ok(())
             }
             Err(status) => {
+                let error = failure(&status);
+                span.fail(&error.reason, &error.message);
                 if !self.failed.contains(&routed.route.key) {
                     self.failed.push(routed.route.key.clone());
                 }
-                Err(failure(&status))
+                Err(error)
             }
         }
     }
@@ -202,6 +232,7 @@ impl Replies {
                 Ok(()) => {
                     self.n_repairs += 1;
                     repairs.done.count();
+                    self.watch.repaired(&reason, &to, self.request.emitted_ids.len());
                     tracing::info!(
                         request = %self.request.request_id,
                         %to,

@@ -9,6 +9,7 @@ use text::Prompt;
 use crate::{
     admit::{Admitted, admit},
     answer::{Answer, Delta},
+    observe::Watch,
     repair::Replies,
     service::Gateway,
 };
@@ -30,7 +31,6 @@ pub(crate) struct Options {
 }
 
 /// A request as both doors hand it in.
-#[derive(Clone, Debug)]
 pub(crate) struct Ask {
     /// For log lines and the router.
     pub(crate) id: String,
@@ -40,6 +40,7 @@ pub(crate) struct Ask {
     pub(crate) options: Options,
     /// Split reasoning from content.
     pub(crate) chat: bool,
+    pub(crate) watch: Arc<Watch>,
 }
 
 pub(crate) type Deltas = Pin<Box<dyn Stream<Item = Result<Delta, Error>> + Send>>;
@@ -65,6 +66,7 @@ pub(crate) async fn serve(gateway: &Arc<Gateway>, ask: Ask) -> Result<Served, Er
             degraded |= known_degraded;
         }
     }
+    admitted.ask.watch.admitted();
     Ok(Served { deltas: merge(answers, admitted), degraded })
 }
 
@@ -77,11 +79,12 @@ async fn start(
 ) -> Result<(Answer, bool), Error> {
     let ask = &admitted.ask;
     let request = |router: &v1::RouterStatus| generate_request(ask, prompt, choice, router);
-    let replies = Replies::start(gateway, &prompt.ids, request).await.map_err(|error| {
-        // The router knows token ids only.
-        let names_prompt = error.param.as_deref() == Some("prompt_ids");
-        if names_prompt { error.with_param(prompt_param(ask)) } else { error }
-    })?;
+    let replies =
+        Replies::start(gateway, &ask.watch, choice, &prompt.ids, request).await.map_err(|error| {
+            // The router knows token ids only.
+            let names_prompt = error.param.as_deref() == Some("prompt_ids");
+            if names_prompt { error.with_param(prompt_param(ask)) } else { error }
+        })?;
     let mut stop_ids = ask.options.stop_token_ids.clone();
     if !ask.options.ignore_eos {
         stop_ids.extend(&replies.eos_ids);
@@ -135,7 +138,6 @@ fn generate_request(
         ignore_eos: options.ignore_eos,
         top_logprobs: options.top_logprobs,
         prompt_logits: false,
-        traceparent: String::new(),
         emitted_ids: Vec::new(),
     })
 }
@@ -146,6 +148,9 @@ fn merge(answers: Vec<Answer>, admitted: Admitted) -> Deltas {
     let merged = stream::select_all(choices);
     Box::pin(stream::unfold((merged, admitted), |(mut merged, admitted)| async move {
         let delta = futures_util::StreamExt::next(&mut merged).await?;
+        if let Ok(delta) = &delta {
+            admitted.ask.watch.piece(delta);
+        }
         Some((delta, (merged, admitted)))
     }))
 }

@@ -155,6 +155,20 @@ pub(crate) fn failure(status: &tonic::Status) -> Error {
     Error::new(Code::Unavailable, "router_gone", message)
 }
 
+/// How busy the routers are, as they last said; and how many of them are in which state.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Load {
+    pub(crate) ready: usize,
+    pub(crate) unready: usize,
+    pub(crate) draining: usize,
+    pub(crate) silent: usize,
+    pub(crate) running: u64,
+    pub(crate) waiting: u64,
+    pub(crate) pages: u64,
+    pub(crate) pages_in_use: u64,
+    pub(crate) page_positions: u32,
+}
+
 /// Every router known.
 pub(crate) struct Routes {
     /// By key, in its order.
@@ -261,6 +275,29 @@ impl Routes {
 
     fn no_router(&self) -> Error {
         Error::new(Code::Unavailable, "no_router", format!("no router answers: {}", self.describe()))
+    }
+
+    /// What all routers together say of themselves.
+    pub(crate) fn load(&self) -> Load {
+        let mut load = Load::default();
+        for route in self.routes.load().iter() {
+            let Some(status) = route.status() else {
+                load.silent += 1;
+                continue;
+            };
+            let draining = route.draining.load(Relaxed) || status.state == State::Draining.as_str();
+            match (draining, status.ready) {
+                (true, _) => load.draining += 1,
+                (false, true) => load.ready += 1,
+                (false, false) => load.unready += 1,
+            }
+            load.running += u64::from(status.running);
+            load.waiting += u64::from(status.waiting);
+            load.pages += u64::from(status.pages);
+            load.pages_in_use += u64::from(status.pages_in_use);
+            load.page_positions = status.page_positions;
+        }
+        load
     }
 
     /// Any router's last word, for the model's card.

@@ -16,11 +16,11 @@ use proto::{
     Code, Error,
     v1::{self, chat_server::ChatServer},
 };
-use telemetry::Tasks;
+use telemetry::{Process, Tasks};
 use text::{ChatInput, Prompt, TextModel};
 use tokio::net::TcpListener;
 
-use crate::{admit::Defaults, args::Args, grpc::Door, http, repair, route::Routes};
+use crate::{admit::Defaults, args::Args, grpc::Door, http, observe::Observers, repair, route::Routes};
 
 /// How often answers went on at another router.
 pub(crate) struct Repairs {
@@ -55,6 +55,10 @@ pub(crate) struct Gateway {
     pub(crate) body_bytes_max: usize,
     pub(crate) started_seconds: u64,
     pub(crate) tasks: Tasks,
+    pub(crate) observers: Observers,
+    /// Of a page for traces.
+    pub(crate) trace_url: Option<String>,
+    pub(crate) log_prompts: bool,
 }
 
 impl Gateway {
@@ -90,6 +94,17 @@ impl Gateway {
         })
     }
 
+    /// Only if the operator asked for it.
+    pub(crate) fn log_prompt(&self, prompt: &Prompt) {
+        if self.log_prompts {
+            let text = match prompt.text.as_str() {
+                "" => self.model.tokenizer().decode(&prompt.ids).unwrap_or_default(),
+                text => text.to_owned(),
+            };
+            tracing::info!(tokens = prompt.ids.len(), text, "prompt");
+        }
+    }
+
     #[expect(clippy::unused_self, reason = "the wall clock is the gateway's to read")]
     pub(crate) fn now_seconds(&self) -> u64 {
         now_seconds()
@@ -101,11 +116,13 @@ fn now_seconds() -> u64 {
 }
 
 /// Serves until `tasks` shuts down. `ready` is called once requests can come in; `/ready` says when routers can answer.
-pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+    let tasks = process.tasks.clone();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("the listening socket has no address")?;
-    let gateway = Arc::new(assemble(&args, &tasks).await?);
+    let gateway = Arc::new(assemble(&args, &process).await?);
+    Observers::read(&process.metrics, &gateway);
     gateway.routes.listen().await;
 
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -124,7 +141,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
         .add_service(reflection().build_v1alpha()?)
         .into_axum_router();
     // A path of no service falls to HTTP's answer, which has a body.
-    let app = http::router(Arc::clone(&gateway)).merge(grpc.reset_fallback());
+    let app = process.metrics.mount(http::router(Arc::clone(&gateway)).merge(grpc.reset_fallback()));
 
     let stop = tasks.clone();
     let shutdown = async move {
@@ -153,7 +170,8 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     Ok(())
 }
 
-async fn assemble(args: &Args, tasks: &Tasks) -> anyhow::Result<Gateway> {
+async fn assemble(args: &Args, process: &Process) -> anyhow::Result<Gateway> {
+    let tasks = &process.tasks;
     let options = text::Options {
         chat_template: args.chat_template.clone(),
         chat_format: args.chat_format,
@@ -170,11 +188,16 @@ async fn assemble(args: &Args, tasks: &Tasks) -> anyhow::Result<Gateway> {
         path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
     };
     let session = Session::open(&args.registry, tasks).context("cannot use --registry")?;
+    session.observe(&process.metrics);
     let routes = Routes::new();
     routes.follow(session.members(Role::Router), tasks);
     let generation = std::fs::read(args.model.join("generation_config.json")).unwrap_or_default();
+    let name = args.served_model_name.clone().unwrap_or_else(folder);
     Ok(Gateway {
-        name: args.served_model_name.clone().unwrap_or_else(folder),
+        observers: Observers::new(&process.metrics, process.tracer.clone(), &name),
+        trace_url: args.trace_url.clone(),
+        log_prompts: args.log_prompts,
+        name,
         model: Arc::new(model),
         routes,
         repairs: Repairs {

@@ -51,9 +51,11 @@ pub fn of_frame(frame: &v1::Frame) -> u64 {
         .number(frame.grid_exponent as u32)
         .number(frame.contribution_max.to_bits())
         .number(frame.timeout_us)
-        .bytes(frame.traceparent.as_bytes())
-        .number(frame.epoch)
-        .number(frame.weights);
+        .number(frame.traceparents.len() as u64);
+    frame.traceparents.iter().for_each(|traceparent| {
+        sum.bytes(traceparent.as_bytes());
+    });
+    sum.number(frame.epoch).number(frame.weights);
     sum.0.finish()
 }
 
@@ -66,7 +68,7 @@ pub fn of_reply(reply: &v1::Reply) -> u64 {
         None => sum.number(0_u64),
         Some(v1::reply::Outcome::Computed(computed)) => {
             sum.number(1_u64).rows(computed.rows.as_ref()).numbers(&computed.overflow_rows);
-            sum.number(computed.compute_us)
+            sum.number(computed.compute_us).number(computed.queue_us)
         }
         Some(v1::reply::Outcome::Failure(failure)) => sum
             .number(2_u64)

@@ -11,6 +11,9 @@ use crate::{Code, Error, checksum, rows::Rows, v1};
 /// [`crate::MESSAGE_BYTES_MAX`], so that a reply with one row per assignment still fits.
 pub const FRAME_BYTES_MAX: usize = 4 << 20;
 
+/// Requests of one frame that are recorded in traces; further ones are not.
+pub const TRACEPARENTS_MAX: usize = 256;
+
 /// One (row, expert) pair with the gate's weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Assignment {
@@ -64,7 +67,8 @@ pub struct Frame {
     pub combine: Combine,
     /// How long the router will wait for the reply.
     pub timeout: Option<Duration>,
-    pub traceparent: String,
+    /// W3C trace contexts of the requests in it that are recorded.
+    pub traceparents: Vec<String>,
     /// Of the server's holdings that the frame was planned with; its reply carries it back.
     pub epoch: Epoch,
     /// Of the frame's experts, each once: a server with other weights refuses the frame.
@@ -79,6 +83,8 @@ pub struct Computed {
     /// Rows that exact combine could not sum; to be asked for again as pairs.
     pub overflow_rows: Vec<RowIndex>,
     pub compute_time: Duration,
+    /// From the frame's arrival to its turn.
+    pub queue_time: Duration,
 }
 
 /// One frame's answer.
@@ -115,6 +121,13 @@ impl Frame {
             .with_param("rows.width"));
         }
         rows.check_finite()?;
+        if wire.traceparents.len() > TRACEPARENTS_MAX {
+            let n = wire.traceparents.len();
+            return Err(Error::invalid(
+                "traceparents",
+                format!("{n} traceparents, {TRACEPARENTS_MAX} are allowed"),
+            ));
+        }
         let n = wire.assignment_row.len();
         for (field, len) in [
             ("assignment_expert", wire.assignment_expert.len()),
@@ -154,7 +167,7 @@ impl Frame {
             assignments,
             combine,
             timeout: (wire.timeout_us > 0).then(|| Duration::from_micros(wire.timeout_us)),
-            traceparent: wire.traceparent,
+            traceparents: wire.traceparents,
             epoch: Epoch(wire.epoch),
             weights: WeightsHash(wire.weights),
         })
@@ -180,7 +193,7 @@ impl Frame {
             timeout_us: self
                 .timeout
                 .map_or(0, |timeout| u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX)),
-            traceparent: self.traceparent,
+            traceparents: self.traceparents,
             epoch: self.epoch.0,
             weights: self.weights.0,
             checksum: 0,
@@ -225,6 +238,7 @@ impl Reply {
                 )?,
                 overflow_rows: computed.overflow_rows.into_iter().map(RowIndex).collect(),
                 compute_time: Duration::from_micros(computed.compute_us),
+                queue_time: Duration::from_micros(computed.queue_us),
             }),
         };
         Ok(Self { id, epoch: Epoch(wire.epoch), weights: WeightsHash(wire.weights), outcome })
@@ -237,6 +251,7 @@ impl Reply {
                 rows: Some(computed.rows.into_wire()),
                 overflow_rows: computed.overflow_rows.into_iter().map(|row| row.0).collect(),
                 compute_us: u64::try_from(computed.compute_time.as_micros()).unwrap_or(u64::MAX),
+                queue_us: u64::try_from(computed.queue_time.as_micros()).unwrap_or(u64::MAX),
             }),
             Err(error) => v1::reply::Outcome::Failure(v1::Failure {
                 code: error.code.as_str().to_owned(),
@@ -272,7 +287,7 @@ mod tests {
             ],
             combine: Combine::Exact(Grid::new(3.0, 8)),
             timeout: Some(Duration::from_millis(20)),
-            traceparent: String::new(),
+            traceparents: Vec::new(),
             epoch: Epoch(3),
             weights: WeightsHash(u64::MAX),
         }
@@ -299,6 +314,7 @@ mod tests {
                 rows: Rows::encode(Dtype::F32, 2, &[1.0, 2.0]),
                 overflow_rows: vec![RowIndex(0)],
                 compute_time: Duration::from_micros(5),
+                queue_time: Duration::from_micros(7),
             }),
         };
         let (frame, reply) = (frame().into_wire().encode_to_vec(), reply.into_wire().encode_to_vec());

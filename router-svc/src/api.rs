@@ -21,7 +21,10 @@ use proto::{
     rows::{Dtype, Rows},
     v1::{self, router_server::Router},
 };
-use telemetry::Tasks;
+use telemetry::{
+    Tasks, Tracer,
+    trace::{self, Span, SpanKind},
+};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tonic::{Request, Response, Status};
 
@@ -50,6 +53,7 @@ pub(crate) struct Api {
     pub(crate) commands: std_mpsc::Sender<Command>,
     pub(crate) open_streams: Arc<AtomicUsize>,
     pub(crate) tasks: Tasks,
+    pub(crate) tracer: Tracer,
 }
 
 #[tonic::async_trait]
@@ -60,14 +64,16 @@ impl Router for Api {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let request = self.check(request.into_inner())?;
-        if self.tasks.is_shutting_down() {
-            return Err(Error::new(Code::Unavailable, "draining", "this router is draining").into());
-        }
-        let open = OpenStream::admit(self)?;
+        let mut span = self.span(&request);
+        let (request, open) = self.admit(request.into_inner()).inspect_err(|error| {
+            span.fail(&error.reason, &error.message);
+        })?;
+        span.set("shoal.request_id", request.id.clone());
+        span.set("gen_ai.usage.input_tokens", request.prompt.len() as i64);
+        span.set("shoal.emitted_tokens", request.emitted.len() as i64);
         let vocab_size = self.config.vocab_size;
         let (out, events) = mpsc::unbounded_channel();
-        let sequence = Sequence::new(request, out, now());
+        let sequence = Sequence::new(request, span.context(), out, now());
         match sequence.end() {
             // The router that died had emitted the last token, and could not say so any more.
             Some(finish) => sequence.finish(finish),
@@ -76,7 +82,7 @@ impl Router for Api {
                 .send(Command::Submit(Box::new(sequence)))
                 .map_err(|_| Status::from(Error::internal("the engine has stopped")))?,
         }
-        let replies = Events { events, ended: false, _open: open }
+        let replies = Events { events, ended: false, n_tokens: 0, span, _open: open }
             .flat_map(move |event| stream::iter(replies(event, vocab_size)));
         Ok(Response::new(Box::pin(replies)))
     }
@@ -90,6 +96,26 @@ impl Router for Api {
 }
 
 impl Api {
+    /// The router's span for a call, under the caller's.
+    fn span(&self, request: &Request<v1::GenerateRequest>) -> Span {
+        let header =
+            |name| request.metadata().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let caller = trace::Context::parse(header("traceparent"), header("tracestate"));
+        let context = self.tracer.accept(caller, false);
+        let mut span = self.tracer.span(&context, SpanKind::Server, "shoal.v1.Router/Generate");
+        span.set("rpc.system.name", "grpc");
+        span.set("shoal.router", self.instance.clone());
+        span
+    }
+
+    fn admit(&self, request: v1::GenerateRequest) -> Result<(sequence::Request, OpenStream), Error> {
+        let request = self.check(request)?;
+        if self.tasks.is_shutting_down() {
+            return Err(Error::new(Code::Unavailable, "draining", "this router is draining"));
+        }
+        Ok((request, OpenStream::admit(self)?))
+    }
+
     fn check(&self, request: v1::GenerateRequest) -> Result<sequence::Request, Error> {
         let n_prompt = request.prompt_ids.len();
         if n_prompt == 0 {
@@ -155,7 +181,7 @@ impl Api {
         pairs.filter(|&(layer, expert)| table.holders_of(layer, expert).len() < self.replicas).count() as u32
     }
 
-    fn report(&self, now: Instant) -> v1::RouterStatus {
+    pub(crate) fn report(&self, now: Instant) -> v1::RouterStatus {
         let view = self.links.view();
         let missing = view.table.missing(self.config.moe_layers(), self.config.n_routed_experts);
         let calibrated = self.limits.combine != Combine::Exact || self.stats.is_calibrated();
@@ -288,7 +314,19 @@ struct Events {
     // Dropped before `_open`: the engine woken by it must see the channel closed.
     events: UnboundedReceiver<Event>,
     ended: bool,
+    n_tokens: i64,
+    /// Ends with the call, or with the caller.
+    span: Span,
     _open: OpenStream,
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.span.set("gen_ai.usage.output_tokens", self.n_tokens);
+        if !self.ended {
+            self.span.fail("cancelled", "the caller went away");
+        }
+    }
 }
 
 impl Stream for Events {
@@ -306,7 +344,22 @@ impl Stream for Events {
                 "the router stopped before the answer ended",
             ))
         });
-        self.ended = matches!(event, Event::Finished { .. } | Event::Failed(_));
+        match &event {
+            Event::Token { .. } => self.n_tokens += 1,
+            Event::PromptLogits { .. } => {}
+            Event::Finished { finish, .. } => {
+                self.ended = true;
+                let reason = match finish {
+                    Finish::Stop => "stop",
+                    Finish::Length => "length",
+                };
+                self.span.set("gen_ai.response.finish_reasons", reason);
+            }
+            Event::Failed(error) => {
+                self.ended = true;
+                self.span.fail(&error.reason, &error.message);
+            }
+        }
         Poll::Ready(Some(event))
     }
 }

@@ -106,6 +106,15 @@ pub struct Args {
     /// Most of the servers that are avoided at a time; one may always be
     #[arg(long, env = "SHOAL_EJECT_SHARE", default_value_t = 0.34, value_parser = share, value_name = "0..1")]
     pub eject_share: f32,
+    /// Steps of a sampled request that are traced from its first on
+    #[arg(long, env = "SHOAL_TRACE_STEPS_FIRST", default_value_t = 4, value_name = "N")]
+    pub trace_steps_first: u64,
+    /// After those, one step in so many; 0 traces only slow steps and those in which something failed
+    #[arg(long, env = "SHOAL_TRACE_STEP_EVERY", default_value_t = 32, value_name = "N")]
+    pub trace_step_every: u64,
+    /// Count the rows of each expert in metrics even if there are more than 4,096 (layer, expert) pairs
+    #[arg(long, env = "SHOAL_EXPERT_METRICS")]
+    pub expert_metrics: bool,
     /// Compute threads [default: one for each core]
     #[arg(long, env = "SHOAL_THREADS")]
     pub threads: Option<usize>,

@@ -7,6 +7,7 @@ use model::{Backbone, Pages, Span};
 use proto::{Error, frame::Grid};
 
 use crate::{
+    dispatch::Traced,
     forward::{CombineMode, Fate, Step, forward},
     remote::Remote,
     sequence::Participants,
@@ -33,6 +34,7 @@ pub(crate) fn calibrate(
         ids: probe(n_rows, config.vocab_size),
         spans: vec![Span { rows: 0..n_rows, position: 0, pages: &[PageIndex(0)] }],
         participants: vec![&mut participants],
+        traced: Traced::default(),
     };
     let result = forward(backbone, &mut step, &mut pages, remote, mode);
     match result.fates.into_iter().next() {

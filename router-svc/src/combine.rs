@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use ids::{ExpertId, InstanceId};
 use proto::Error;
 
-use crate::flight::Landed;
+use crate::flight::{Landed, log::Log};
 
 /// One layer's update to the hidden states.
 #[derive(Debug)]
@@ -16,6 +16,7 @@ pub(crate) struct Combined {
     pub(crate) lost: BTreeMap<usize, Vec<ExpertId>>,
     pub(crate) served: Vec<(InstanceId, Vec<usize>)>,
     pub(crate) last_failure: Option<Error>,
+    pub(crate) log: Log,
 }
 
 /// Adds the routed experts' contributions and `shared` `[rows, hidden]`.
@@ -37,7 +38,13 @@ pub(crate) fn combine(landed: Landed, shared: Vec<f32>) -> Combined {
     }
     let mut update = shared;
     add(&mut update, &routed);
-    Combined { update, lost: landed.lost, served: landed.served, last_failure: landed.last_failure }
+    Combined {
+        update,
+        lost: landed.lost,
+        served: landed.served,
+        last_failure: landed.last_failure,
+        log: landed.log,
+    }
 }
 
 /// `sum += values`, element by element.

@@ -2,15 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
     time::Instant,
 };
 
 use cluster::{Health, RoutingTable};
 use ids::{Epoch, ExpertId, InstanceId, LayerId, RowIndex, WeightsHash};
 use proto::{
-    frame::{Assignment, FRAME_BYTES_MAX},
+    frame::{Assignment, FRAME_BYTES_MAX, TRACEPARENTS_MAX},
     rows::{Dtype, Rows},
 };
+
+use crate::flight::log::Attempt;
 
 /// The activations that one layer sends out, and the gate's choice for them.
 #[derive(Debug)]
@@ -21,9 +25,24 @@ pub(crate) struct Activations {
     /// `[rows, hidden]`
     pub(crate) normed: Vec<f32>,
     pub(crate) assignments: model::Assignments,
+    /// Whose rows are recorded.
+    pub(crate) traced: Traced,
 }
 
+/// Rows of the batch whose sequences' traces record this step, with the servers' spans.
+pub(crate) type Traced = Arc<[(Range<usize>, telemetry::trace::Context)]>;
+
 impl Activations {
+    /// The contexts that a frame carries: one for each trace that has a row in it.
+    pub(crate) fn traceparents(&self, attempt: &Attempt) -> Vec<String> {
+        let has_row = |rows: &Range<usize>| {
+            let first = attempt.rows.partition_point(|&row| row < rows.start);
+            attempt.rows.get(first).is_some_and(|row| rows.contains(row))
+        };
+        let traced = self.traced.iter().filter(|(rows, _)| has_row(rows)).take(TRACEPARENTS_MAX);
+        traced.map(|(_, context)| context.under(attempt.span_id).traceparent()).collect()
+    }
+
     pub(crate) fn n_rows(&self) -> usize {
         self.normed.len() / self.hidden_size
     }
@@ -243,6 +262,7 @@ pub(crate) mod tests {
                 experts: experts.iter().copied().map(ExpertId).collect(),
                 weights: (0..experts.len()).map(|slot| 0.5 + slot as f32).collect(),
             },
+            traced: Traced::default(),
         }
     }
 

@@ -10,15 +10,18 @@ use std::{
 use cluster::table;
 use model::{Backbone, Pages, Span};
 use proto::{Code, Error};
+use telemetry::Tracer;
 
 use crate::{
     args::{Combine, Limits},
     calibrate::calibrate,
     forward::{CombineMode, Fate, Forward, Step, forward},
+    meters::Meters,
     remote::Remote,
     sampling::{Draw, sample},
     scheduler::{RETRY_AFTER, Scheduled, Scheduler},
     sequence::{Event, Parked, Sequence},
+    spans::{LayerLog, Part, Policy, StepLog, Trail, Usual, record, record_queue},
     stats::Stats,
 };
 
@@ -42,6 +45,25 @@ pub(crate) struct Engine {
     calibrated: bool,
     calibrate_at: Instant,
     stats: Arc<Stats>,
+    observers: Observers,
+    usual: Usual,
+    n_steps: u64,
+}
+
+/// Who is told what a step did.
+pub(crate) struct Observers {
+    pub(crate) meters: Meters,
+    pub(crate) tracer: Tracer,
+    pub(crate) policy: Policy,
+}
+
+/// One part of a batch before it is computed.
+struct Planned {
+    position: usize,
+    is_prefill: bool,
+    /// It is recorded, and its servers are told so.
+    wanted: bool,
+    trail: Trail,
 }
 
 enum Turn {
@@ -52,7 +74,13 @@ enum Turn {
 }
 
 impl Engine {
-    pub(crate) fn new(backbone: Arc<Backbone>, limits: &Limits, remote: Remote, stats: Arc<Stats>) -> Self {
+    pub(crate) fn new(
+        backbone: Arc<Backbone>,
+        limits: &Limits,
+        remote: Remote,
+        stats: Arc<Stats>,
+        observers: Observers,
+    ) -> Self {
         Self {
             pages: Pages::new(backbone.config(), limits.n_pages, limits.page_positions),
             scheduler: Scheduler::new(limits),
@@ -61,6 +89,9 @@ impl Engine {
             calibrated: limits.combine != Combine::Exact,
             calibrate_at: now(),
             stats,
+            observers,
+            usual: Usual::default(),
+            n_steps: 0,
             backbone,
         }
     }
@@ -108,8 +139,12 @@ impl Engine {
             let waits = late || self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
             return if waits { Turn::Waiting } else { Turn::Idle };
         }
-        let result = self.forward(&batch);
-        let finished = self.deliver(&batch, result, now);
+        let planned = self.plan(&batch, now);
+        let mut result = self.forward(&batch, &planned);
+        let layers = std::mem::take(&mut result.layers);
+        let failures: Vec<_> = result.fates.iter().map(Fate::failure).collect();
+        let (finished, ended) = self.deliver(&batch, result, now);
+        self.observe(&batch, planned, failures, &layers, (now, ended));
         self.scheduler.remove(&finished);
         self.stats.count_step();
         Turn::Worked
@@ -137,7 +172,62 @@ impl Engine {
         self.calibrated
     }
 
-    fn forward(&mut self, batch: &[Scheduled]) -> Forward {
+    /// What is to be known of each part of the batch before it is computed; the wait of those that begin is over.
+    fn plan(&mut self, batch: &[Scheduled], now: Instant) -> Vec<Planned> {
+        let Observers { meters, tracer, policy } = &self.observers;
+        let plan = |scheduled: &Scheduled| {
+            let sequence = self.scheduler.running_mut(scheduled.sequence);
+            if let Some(since) = sequence.trail.queued_at {
+                meters.queued(now.saturating_duration_since(since));
+                record_queue(tracer, &mut sequence.trail, now);
+            }
+            let is_prefill = sequence.n_pending() > 1 || sequence.n_generated() == 0;
+            let wanted = tracer.is_on() && sequence.trail.wants_next(*policy, is_prefill);
+            Planned { position: sequence.n_computed, is_prefill, wanted, trail: sequence.trail }
+        };
+        batch.iter().map(plan).collect()
+    }
+
+    /// Metrics of the step, and its spans.
+    fn observe(
+        &mut self,
+        batch: &[Scheduled],
+        mut planned: Vec<Planned>,
+        failures: Vec<Option<(&'static str, String)>>,
+        layers: &[LayerLog],
+        (started, ended): (Instant, Instant),
+    ) {
+        self.n_steps += 1;
+        let n_rows = batch.iter().map(|scheduled| scheduled.rows.len()).sum();
+        let step = StepLog { number: self.n_steps, started, ended, n_rows, n_sequences: batch.len(), layers };
+        self.observers.meters.step(&step, &self.remote.view().table);
+        let slow = self.usual.is_slow(n_rows, ended - started);
+        if !self.observers.tracer.is_on() {
+            return;
+        }
+        let part = |((planned, scheduled), failure)| -> Part<'_> {
+            let (planned, scheduled): (&mut Planned, &Scheduled) = (planned, scheduled);
+            Part {
+                rows: scheduled.rows.clone(),
+                position: planned.position,
+                is_prefill: planned.is_prefill,
+                wanted: planned.wanted,
+                failure,
+                trail: &mut planned.trail,
+            }
+        };
+        let parts = planned.iter_mut().zip(batch).zip(failures).map(part);
+        let traced: Vec<Part<'_>> = parts.filter(|part| part.trail.context.sampled).collect();
+        if traced.is_empty() {
+            return;
+        }
+        record(&self.observers.tracer, &step, slow, traced);
+        for (scheduled, planned) in batch.iter().zip(planned) {
+            self.scheduler.running_mut(scheduled.sequence).trail = planned.trail;
+        }
+    }
+
+    fn forward(&mut self, batch: &[Scheduled], planned: &[Planned]) -> Forward {
         // Participants are noted during the step while tokens and pages are read: taken out for its time.
         let mut participants: Vec<_> = batch
             .iter()
@@ -161,6 +251,12 @@ impl Engine {
                 })
                 .collect(),
             participants: participants.iter_mut().collect(),
+            traced: batch
+                .iter()
+                .zip(planned)
+                .filter(|(_, planned)| planned.wanted)
+                .map(|(scheduled, planned)| (scheduled.rows.clone(), planned.trail.context))
+                .collect(),
         };
         let result = forward(&self.backbone, &mut step, &mut self.pages, &mut self.remote, &self.mode);
         for (scheduled, participants) in batch.iter().zip(participants) {
@@ -169,9 +265,11 @@ impl Engine {
         result
     }
 
-    /// Turns what was computed into tokens, and what was not into waiting or errors. Gives the sequences that ended.
-    fn deliver(&mut self, batch: &[Scheduled], result: Forward, now: Instant) -> Vec<usize> {
+    /// Turns what was computed into tokens, and what was not into waiting or errors. Gives the sequences that ended, and
+    /// when everything was computed and nobody had been told yet.
+    fn deliver(&mut self, batch: &[Scheduled], result: Forward, now: Instant) -> (Vec<usize>, Instant) {
         let mut finished = Vec::new();
+        let mut not_finite = Vec::new();
         let mut rows = RowsToHead::default();
         for (scheduled, fate) in batch.iter().zip(result.fates) {
             let sequence = self.scheduler.running_mut(scheduled.sequence);
@@ -188,15 +286,18 @@ impl Engine {
                         Parked { missing, last_failure, retry_at: now + RETRY_AFTER },
                     );
                 }
-                Fate::NotFinite { layer } => {
-                    let message = format!("hidden states are not finite at layer {layer}");
-                    sequence.send(Event::Failed(Error::new(Code::Internal, "not_finite", message)));
-                    finished.push(scheduled.sequence);
-                }
+                Fate::NotFinite { layer } => not_finite.push((scheduled.sequence, layer)),
             }
         }
         let vocab_size = self.backbone.config().vocab_size;
         let logits = rows.logits(&self.backbone, &result.hidden);
+        let ended = self.remote.now();
+        for (index, layer) in not_finite {
+            let message = format!("hidden states are not finite at layer {layer}");
+            let error = Error::new(Code::Internal, "not_finite", message);
+            self.scheduler.running_mut(index).send(Event::Failed(error));
+            finished.push(index);
+        }
         for (wanted, logits) in rows.wanted.iter().zip(rows.split(&logits, vocab_size)) {
             let sequence = self.scheduler.running_mut(wanted.sequence);
             if wanted.as_prompt_logits > 0 {
@@ -223,7 +324,7 @@ impl Engine {
             }
         }
         finished.sort_unstable();
-        finished
+        (finished, ended)
     }
 }
 

@@ -7,6 +7,7 @@
 //! frame still counts. A piece is done when its own reply is home or one of its covers is, whichever comes first; the
 //! other is never looked at. So every pair is combined exactly once, or its row is lost by name.
 
+pub(crate) mod log;
 mod pieces;
 
 use std::{
@@ -23,7 +24,9 @@ use proto::{
     Code, Error, Frame, Reply,
     frame::{Combine, Computed},
 };
+use telemetry::trace::SpanId;
 
+use self::log::{Attempt, Ejection, Ending, Kind, Log};
 use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State};
 use crate::dispatch::{Activations, Grounds, Part, Slot, pack, plan, plan_for};
 
@@ -36,12 +39,26 @@ pub(crate) struct Order {
 
 /// Numbers frames: unique for the life of the router.
 #[derive(Debug, Default)]
-pub(crate) struct FrameIds(u64);
+pub(crate) struct FrameIds {
+    last: u64,
+    /// Another one for every router: a frame's span must not have the id of another router's.
+    seed: u64,
+}
 
 impl FrameIds {
+    pub(crate) const fn new(seed: u64) -> Self {
+        Self { last: 0, seed }
+    }
+
     fn next(&mut self) -> FrameId {
-        self.0 += 1;
-        FrameId(self.0)
+        self.last += 1;
+        FrameId(self.last)
+    }
+
+    /// One to one for each router, and never zero, which would be no span.
+    fn span_of(&self, frame: FrameId) -> SpanId {
+        let mixed = self.seed ^ frame.0.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        SpanId::from(if mixed == 0 { frame.0 } else { mixed })
     }
 }
 
@@ -67,7 +84,7 @@ pub(crate) struct Surroundings<'a> {
 
 impl Surroundings<'_> {
     fn grounds(&self) -> Grounds<'_> {
-        Grounds { table: self.table, health: self.health, now: self.now, salt: self.ids.0 }
+        Grounds { table: self.table, health: self.health, now: self.now, salt: self.ids.last }
     }
 }
 
@@ -94,6 +111,7 @@ pub(crate) struct Landed {
     pub(crate) served: Vec<(InstanceId, Vec<usize>)>,
     /// Why the last failed frame failed.
     pub(crate) last_failure: Option<Error>,
+    pub(crate) log: Log,
 }
 
 #[derive(Debug)]
@@ -107,6 +125,7 @@ pub(crate) struct Flight {
     /// Rows that are asked for pair by pair.
     pair_rows: BTreeSet<usize>,
     last_failure: Option<Error>,
+    log: Log,
 }
 
 impl Flight {
@@ -130,6 +149,7 @@ impl Flight {
             frames: HashMap::new(),
             pair_rows: if as_pairs { rows.into_iter().collect() } else { BTreeSet::new() },
             last_failure: None,
+            log: Log::default(),
         };
         let mut orders = flight.send_roots(slots, as_pairs, around);
         orders.extend(flight.send_probes(around));
@@ -140,7 +160,7 @@ impl Flight {
         let (parts, orphans) = plan(&self.activations, slots, &around.grounds(), &[]);
         let mut orders = Vec::with_capacity(parts.len());
         for part in parts {
-            let root = self.send(part, as_pairs, None, around, &mut orders);
+            let root = self.send(part, as_pairs, None, &Purpose::first(), around, &mut orders);
             self.roots.push(root);
         }
         if !orphans.is_empty() {
@@ -162,8 +182,9 @@ impl Flight {
             });
             if let Some((root, part)) = probe {
                 let n_orders = orders.len();
-                let cover =
-                    vec![self.send(part, self.pieces[root].as_pairs, Some(root), around, &mut orders)];
+                let as_pairs = self.pieces[root].as_pairs;
+                let purpose = Purpose { kind: Kind::Probe, cause: Some("its time out is over".to_owned()) };
+                let cover = vec![self.send(part, as_pairs, Some(root), &purpose, around, &mut orders)];
                 self.pieces[root].covers.push(cover);
                 around.health.probe(&holder, orders[n_orders].frame.id);
             }
@@ -176,12 +197,28 @@ impl Flight {
         part: Part,
         as_pairs: bool,
         parent: Option<PieceIdx>,
+        purpose: &Purpose,
         around: &mut Surroundings<'_>,
         orders: &mut Vec<Order>,
     ) -> PieceIdx {
         let Part { holder, epoch, weights, slots } = part;
         let frame_id = around.ids.next();
         let (rows, assignments, frame_rows) = pack(&self.activations, &slots);
+        let attempt = Attempt {
+            frame_id,
+            span_id: around.ids.span_of(frame_id),
+            holder: holder.clone(),
+            kind: purpose.kind,
+            cause: purpose.cause.clone(),
+            rows: frame_rows.clone(),
+            experts: distinct(assignments.iter().map(|assignment| assignment.expert)),
+            n_pairs: slots.len(),
+            as_pairs,
+            bytes_out: rows.n_bytes(),
+            sent_at: around.now,
+            ended_at: None,
+            ending: Ending::Outrun,
+        };
         let frame = Frame {
             id: frame_id,
             layer: self.activations.layer,
@@ -189,10 +226,12 @@ impl Flight {
             assignments,
             combine: if as_pairs { Combine::Pairs } else { self.combine },
             timeout: Some(around.dispatch_timeout),
-            traceparent: String::new(),
+            traceparents: self.activations.traceparents(&attempt),
             epoch,
             weights,
         };
+        let attempt_idx = self.log.attempts.len();
+        self.log.attempts.push(attempt);
         orders.push(Order { holder: holder.clone(), frame });
         around.counts.frames += 1;
         around.health.sent(&holder, frame_id, slots.len(), around.now);
@@ -203,6 +242,7 @@ impl Flight {
             epoch,
             weights,
             frame_id,
+            attempt_idx,
             frame_rows,
             hedge_at: around.health.hedge_after(slots.len()).map(|after| around.now + after),
             expires_at: around.now + around.dispatch_timeout,
@@ -251,6 +291,12 @@ impl Flight {
         let checked = self.check(idx, sent, &reply).and(reply.outcome);
         Some(match checked {
             Ok(computed) => {
+                let ending = Ending::Answered {
+                    queue: computed.queue_time,
+                    compute: computed.compute_time,
+                    bytes_in: computed.rows.n_bytes(),
+                };
+                self.log.end(sent.attempt_idx, around.now, ending);
                 around.health.answered(holder, reply.id, around.now);
                 self.bring_home(idx, computed, around)
             }
@@ -273,10 +319,17 @@ impl Flight {
     pub(crate) fn hurry(&mut self, holder: &InstanceId, around: &mut Surroundings<'_>) -> Vec<Order> {
         let slow = self.pieces.out(|sent| sent.holder == *holder);
         let waiting = slow.into_iter().filter(|&idx| !self.pieces.is_settled(idx)).collect::<Vec<_>>();
-        waiting
-            .into_iter()
-            .flat_map(|idx| self.hedge(idx, |health| &mut health.failovers, around).unwrap_or_default())
-            .collect()
+        let purpose = Purpose { kind: Kind::Failover, cause: Some(format!("{holder} is ejected: silent")) };
+        let mut orders = Vec::new();
+        for idx in waiting {
+            let more = self.hedge(idx, &purpose, |health| &mut health.failovers, around);
+            orders.extend(more.unwrap_or_default());
+        }
+        orders
+    }
+
+    pub(crate) fn note_ejection(&mut self, holder: &InstanceId, cause: &str, at: Instant) {
+        self.log.ejections.push(Ejection { at, holder: holder.clone(), cause: cause.to_owned() });
     }
 
     /// Hedges what is late and fails what is overdue.
@@ -297,7 +350,9 @@ impl Flight {
             if self.pieces.is_settled(idx) {
                 continue;
             }
-            match self.hedge(idx, |health| &mut health.hedges, around) {
+            let cause = format!("late by the p95 of frames of {n_pairs} pairs");
+            let purpose = Purpose { kind: Kind::Hedge, cause: Some(cause) };
+            match self.hedge(idx, &purpose, |health| &mut health.hedges, around) {
                 Ok(more) => orders.extend(more),
                 // Later, when there are tokens again, if it is still late then.
                 Err(NotHedged::Budget) => {
@@ -372,26 +427,31 @@ impl Flight {
         let State::Out(sent) = std::mem::replace(&mut piece.state, State::Failed) else { return Vec::new() };
         self.frames.remove(&sent.frame_id);
         let failure = kind(&error);
+        let ending = Ending::Failed { reason: error.reason.to_string(), message: error.message.clone() };
+        self.log.end(sent.attempt_idx, around.now, ending);
         if around.health.failed(&sent.holder, sent.frame_id, failure, around.now) {
             tracing::warn!(instance = %sent.holder, reason = %error.reason, "expert server ejected");
+            self.note_ejection(&sent.holder, &error.reason, around.now);
         }
+        let purpose =
+            Purpose { kind: Kind::Failover, cause: Some(format!("{}: {}", sent.holder, error.reason)) };
         *around.counts.failures.entry(error.reason.clone().into_owned()).or_default() += 1;
         tracing::debug!(layer = %self.activations.layer, instance = %sent.holder, reason = %error.reason, %error, "frame failed");
         self.last_failure = Some(error);
         if settled || self.pieces.progress(idx) == Progress::Waiting {
             return Vec::new();
         }
-        self.replace(idx, around)
+        self.replace(idx, &purpose, around)
     }
 
     /// Asks others for a piece that has failed; what nobody else can do is lost.
-    fn replace(&mut self, idx: PieceIdx, around: &mut Surroundings<'_>) -> Vec<Order> {
+    fn replace(&mut self, idx: PieceIdx, purpose: &Purpose, around: &mut Surroundings<'_>) -> Vec<Order> {
         let (parts, orphans) = self.plan_elsewhere(idx, around);
         let affordable = around.health.failovers.spend(parts.len());
         let (parts, lost) =
             if affordable { (parts, orphans) } else { (Vec::new(), self.pieces[idx].slots.clone()) };
         let mut orders = Vec::with_capacity(parts.len());
-        let mut cover = self.send_cover(idx, parts, around, &mut orders);
+        let mut cover = self.send_cover(idx, parts, purpose, around, &mut orders);
         if !lost.is_empty() {
             cover.push(self.orphan(lost, self.pieces[idx].as_pairs, Some(idx)));
         }
@@ -403,6 +463,7 @@ impl Flight {
     fn hedge(
         &mut self,
         idx: PieceIdx,
+        purpose: &Purpose,
         budget: impl FnOnce(&mut Health) -> &mut Budget,
         around: &mut Surroundings<'_>,
     ) -> Result<Vec<Order>, NotHedged> {
@@ -418,7 +479,7 @@ impl Flight {
             return Err(NotHedged::Budget);
         }
         let mut orders = Vec::with_capacity(parts.len());
-        let cover = self.send_cover(idx, parts, around, &mut orders);
+        let cover = self.send_cover(idx, parts, purpose, around, &mut orders);
         self.pieces[idx].covers.push(cover);
         Ok(orders)
     }
@@ -432,11 +493,12 @@ impl Flight {
         &mut self,
         idx: PieceIdx,
         parts: Vec<Part>,
+        purpose: &Purpose,
         around: &mut Surroundings<'_>,
         orders: &mut Vec<Order>,
     ) -> Vec<PieceIdx> {
         let as_pairs = self.pieces[idx].as_pairs;
-        parts.into_iter().map(|part| self.send(part, as_pairs, Some(idx), around, orders)).collect()
+        parts.into_iter().map(|part| self.send(part, as_pairs, Some(idx), purpose, around, orders)).collect()
     }
 
     /// Ends the flight. Whatever is still outstanding counts as lost.
@@ -450,6 +512,7 @@ impl Flight {
             lost: BTreeMap::new(),
             served: Vec::new(),
             last_failure: self.last_failure.take(),
+            log: std::mem::take(&mut self.log),
         };
         let mut pairs: BTreeMap<Slot, Vec<f32>> = BTreeMap::new();
         let mut lost: BTreeSet<Slot> = BTreeSet::new();
@@ -493,6 +556,25 @@ impl Flight {
     pub(crate) fn activations(&self) -> &Activations {
         &self.activations
     }
+}
+
+/// Why frames are sent.
+struct Purpose {
+    kind: Kind,
+    cause: Option<String>,
+}
+
+impl Purpose {
+    const fn first() -> Self {
+        Self { kind: Kind::First, cause: None }
+    }
+}
+
+fn distinct(experts: impl Iterator<Item = ExpertId>) -> Vec<ExpertId> {
+    let mut experts: Vec<ExpertId> = experts.collect();
+    experts.sort_unstable();
+    experts.dedup();
+    experts
 }
 
 /// Why a piece was not asked of others as well.

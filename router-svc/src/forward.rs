@@ -1,7 +1,8 @@
 //! The layer loop. Reads like the paper: attend, gate, dispatch, shared experts meanwhile, combine.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
+use cluster::table;
 use ids::{ExpertId, LayerId, RowIndex};
 use model::{Backbone, FeedForward, Pages, Span};
 use proto::{
@@ -13,9 +14,10 @@ use proto::{
 use crate::{
     args::{Combine, Limits, OnMissingExpert},
     combine::{Combined, add, combine},
-    dispatch::Activations,
+    dispatch::{Activations, Traced},
     remote::Remote,
     sequence::Participants,
+    spans::{DispatchLog, LayerLog},
 };
 
 /// How the router combines, with the grid of each layer where it needs one.
@@ -65,11 +67,30 @@ pub(crate) enum Fate {
     },
 }
 
+impl Fate {
+    /// For a span: an error type of a closed set, and what happened.
+    pub(crate) fn failure(&self) -> Option<(&'static str, String)> {
+        match self {
+            Self::Done => None,
+            Self::Missing { layer, experts, last_failure } => {
+                let missing = table::describe(&BTreeMap::from([(*layer, experts.clone())]));
+                let why = last_failure.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
+                Some(("experts_missing", format!("no server answered for {missing}{why}")))
+            }
+            Self::NotFinite { layer } => {
+                Some(("not_finite", format!("hidden states are not finite at layer {layer}")))
+            }
+        }
+    }
+}
+
 /// One step's rows, the sequences' spans over them and who worked on each.
 pub(crate) struct Step<'a> {
     pub(crate) ids: Vec<u32>,
     pub(crate) spans: Vec<Span<'a>>,
     pub(crate) participants: Vec<&'a mut Participants>,
+    /// Whose servers record it.
+    pub(crate) traced: Traced,
 }
 
 pub(crate) struct Forward {
@@ -79,6 +100,7 @@ pub(crate) struct Forward {
     pub(crate) fates: Vec<Fate>,
     /// By layer: the largest weighted contribution of an expert. Only pairs show it.
     pub(crate) contribution_max: BTreeMap<LayerId, f32>,
+    pub(crate) layers: Vec<LayerLog>,
 }
 
 pub(crate) fn forward(
@@ -90,12 +112,15 @@ pub(crate) fn forward(
 ) -> Forward {
     let mut fates: Vec<Fate> = step.spans.iter().map(|_| Fate::Done).collect();
     let mut contribution_max = BTreeMap::new();
+    let mut layers = Vec::with_capacity(backbone.layers().len());
     let mut hidden = backbone.embed(&step.ids); // [rows, hidden]
     for layer in backbone.layers() {
+        let started = remote.now();
         layer.attend(&mut hidden, &step.spans, pages);
+        let attended = remote.now();
         let normed = layer.post_attention_layernorm(&hidden);
-        let update = match layer.feed_forward() {
-            FeedForward::Dense(mlp) => mlp.apply(&normed),
+        let (update, dispatch) = match layer.feed_forward() {
+            FeedForward::Dense(mlp) => (mlp.apply(&normed), None),
             FeedForward::Routed(moe) => {
                 let assignments = if mode.skip_missing {
                     let missing = remote.missing(layer.id(), backbone.config().n_routed_experts);
@@ -111,21 +136,30 @@ pub(crate) fn forward(
                     dtype: mode.dtype,
                     assignments,
                     normed,
+                    traced: Arc::clone(&step.traced),
                 };
                 let rows = live_rows(&activations, step, &mut fates);
+                let dispatched = remote.now();
                 let flight = remote.dispatch(activations, rows, mode.of(layer.id()));
                 let shared = moe.shared(&flight.activations().normed); // while the experts work
+                let shared_at = remote.now();
                 note_participants(flight.activations(), step);
+                let rows_by_expert = rows_by_expert(flight.activations(), backbone.config().n_routed_experts);
                 let landed = remote.land(flight);
+                let landed_at = remote.now();
                 note_contributions(layer.id(), &landed.pairs, &mut contribution_max);
                 let combined = combine(landed, shared);
                 settle(layer.id(), &combined, step, &mut fates);
-                combined.update
+                let log = combined.log;
+                let dispatch =
+                    DispatchLog { dispatched, shared: shared_at, landed: landed_at, rows_by_expert, log };
+                (combined.update, Some(dispatch))
             }
         };
         add(&mut hidden, &update);
+        layers.push(LayerLog { layer: layer.id(), started, attended, dispatch, ended: remote.now() });
     }
-    Forward { hidden, fates, contribution_max }
+    Forward { hidden, fates, contribution_max, layers }
 }
 
 /// The rows worth sending: of spans that are still whole, with finite numbers.
@@ -140,6 +174,14 @@ fn live_rows(activations: &Activations, step: &Step<'_>, fates: &mut [Fate]) -> 
         } else {
             rows.extend(span.rows.clone());
         }
+    }
+    rows
+}
+
+fn rows_by_expert(activations: &Activations, n_experts: usize) -> Vec<u32> {
+    let mut rows = vec![0; n_experts];
+    for expert in &activations.assignments.experts {
+        rows[expert.index()] += 1;
     }
     rows
 }

@@ -14,6 +14,7 @@ mod engine;
 mod flight;
 mod forward;
 mod link;
+mod meters;
 mod placer;
 mod remote;
 mod sampling;
@@ -22,6 +23,7 @@ mod sequence;
 mod service;
 #[cfg(test)]
 mod sim;
+mod spans;
 mod stats;
 
 pub use args::{Args, Combine, Wire};

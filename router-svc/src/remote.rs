@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use cluster::{Health, RoutingTable, health};
 use ids::{ExpertId, InstanceId, LayerId, Version};
 use proto::{Code, Error, Reply, frame::Combine, v1};
+use telemetry::trace::new_span_id;
 use tokio::sync::mpsc::{Sender, error::TrySendError};
 
 use crate::{
@@ -66,7 +67,7 @@ impl Remote {
             events,
             health: Health::new(limits),
             followed: Version(0),
-            ids: FrameIds::default(),
+            ids: FrameIds::new(u64::from_be_bytes(new_span_id().to_bytes())),
             counts: Counts::default(),
             dispatch_timeout,
         }
@@ -187,6 +188,12 @@ impl Remote {
         }
     }
 
+    /// The clock that frames are measured with.
+    #[expect(clippy::unused_self, reason = "the network's side of the engine is where time is read")]
+    pub(crate) fn now(&self) -> Instant {
+        now()
+    }
+
     pub(crate) const fn counts(&self) -> &Counts {
         &self.counts
     }
@@ -200,6 +207,7 @@ fn tick(flight: &mut Flight, around: &mut Surroundings<'_>) -> Vec<Order> {
     let mut orders = Vec::new();
     for instance in around.health.tick(around.now) {
         tracing::warn!(%instance, "expert server is silent: ejected");
+        flight.note_ejection(&instance, "silent", around.now);
         orders.extend(flight.hurry(&instance, around));
     }
     orders.extend(flight.tick(around));

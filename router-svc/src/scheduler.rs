@@ -71,7 +71,7 @@ impl Scheduler {
         self.drop_cancelled();
         self.wake_parked(now, table);
         self.admit(now);
-        self.make_room();
+        self.make_room(now);
         let mut batch = Vec::new();
         let mut n_rows = 0;
         // One row for everybody who is decoding before any prompt gets its chunk.
@@ -125,7 +125,7 @@ impl Scheduler {
 
     /// Gives every running sequence the pages for its pending rows, the oldest first, taking them from the youngest,
     /// which starts over later. Its tokens are kept, and computing them again gives the same bits.
-    fn make_room(&mut self) {
+    fn make_room(&mut self, now: Instant) {
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
@@ -138,6 +138,7 @@ impl Scheduler {
                 self.cache.release(&mut youngest.pages);
                 youngest.n_computed = 0;
                 youngest.parked = None;
+                youngest.trail.queued_at = Some(now);
                 self.n_preemptions += 1;
                 self.waiting.push_front(youngest);
             }
@@ -252,7 +253,8 @@ mod tests {
                 top_logprobs: 0,
                 prompt_logits: false,
             };
-            self.scheduler.submit(Sequence::new(request, out, self.start));
+            let trace = telemetry::Tracer::off().accept(None, false);
+            self.scheduler.submit(Sequence::new(request, trace, out, self.start));
             events
         }
 

@@ -8,9 +8,13 @@ use std::{
 use cluster::table;
 use ids::{ExpertId, InstanceId, LayerId, PageIndex};
 use proto::{Code, Error};
+use telemetry::trace::Context;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::sampling::{Drawn, Sampling};
+use crate::{
+    sampling::{Drawn, Sampling},
+    spans::Trail,
+};
 
 /// What a caller asked for, already checked against the limits.
 #[derive(Debug)]
@@ -102,11 +106,13 @@ pub(crate) struct Sequence {
     pub(crate) parked: Option<Parked>,
     /// When it was submitted, or last went on.
     pub(crate) progress_at: Instant,
+    pub(crate) trail: Trail,
 }
 
 impl Sequence {
-    pub(crate) fn new(request: Request, out: UnboundedSender<Event>, now: Instant) -> Self {
+    pub(crate) fn new(request: Request, trace: Context, out: UnboundedSender<Event>, now: Instant) -> Self {
         Self {
+            trail: Trail::new(trace, now),
             tokens: [request.prompt.as_slice(), &request.emitted].concat(),
             request,
             out,

@@ -11,23 +11,27 @@ use cluster::{Record, Role, Session, State, placement::Goal};
 use ids::InstanceId;
 use model::{Backbone, Checkpoint};
 use proto::v1::{self, router_server::RouterServer};
-use telemetry::Tasks;
+use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
+use tonic::service::Routes;
 use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{
     api::Api,
     args::Args,
-    engine::{Command, Engine},
+    engine::{Command, Engine, Observers},
     link::{Identity, Links},
+    meters::{self, Meters},
     placer::Placer,
     remote::{Remote, View},
+    spans::Policy,
     stats::Stats,
 };
 
 /// Serves until `tasks` shuts down. `ready` is called once requests can come in; experts may still be missing then,
 /// and `Status` says which.
-pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+    let tasks = process.tasks.clone();
     if let Some(threads) = args.threads {
         model::set_threads(threads).context("cannot set the number of compute threads")?;
     }
@@ -45,7 +49,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     .with_context(|| format!("cannot load checkpoint {}", args.model.display()))?;
     let limits = args.limits(backbone.config())?;
     let config = backbone.config().clone();
-    let instance = InstanceId::from(format!("router-{}", uuid::Uuid::new_v4().simple()).as_str());
+    let instance = InstanceId::from(format!("router-{}", process.instance).as_str());
     let advertised = cluster::advertised(args.advertise.as_deref(), address, &args.registry)
         .context("cannot register this router")?;
 
@@ -54,7 +58,17 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     let view = Arc::new(ArcSwap::from_pointee(View::default()));
     let stats = Arc::new(Stats::default());
     let remote = Remote::new(Arc::clone(&view), replies, limits.dispatch_timeout, args.health());
-    let engine = Engine::new(Arc::new(backbone), &limits, remote, Arc::clone(&stats));
+    let observers = Observers {
+        meters: Meters::new(
+            &process.metrics,
+            config.moe_layers(),
+            config.n_routed_experts,
+            args.expert_metrics.then_some(true),
+        ),
+        tracer: process.tracer.clone(),
+        policy: Policy { steps_first: args.trace_steps_first, step_every: args.trace_step_every },
+    };
+    let engine = Engine::new(Arc::new(backbone), &limits, remote, Arc::clone(&stats), observers);
     let engine = std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || engine.run(&inbox))
@@ -66,6 +80,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     // Links outlive the drain: running requests need their experts until the end.
     let link_tasks = Tasks::new();
     let session = Session::open(&args.registry, &link_tasks).context("cannot use --registry")?;
+    session.observe(&process.metrics);
     links.follow(session.members(Role::Expert), &link_tasks);
 
     let goal = Goal {
@@ -92,7 +107,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     };
     let announcement = session.announce(Role::Router, record(State::Ready));
 
-    let api = Api {
+    let api = Arc::new(Api {
         instance: instance.to_string(),
         placer,
         replicas: goal.replicas,
@@ -104,10 +119,13 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
         commands: commands.clone(),
         open_streams: Arc::new(AtomicUsize::new(0)),
         tasks: tasks.clone(),
-    };
+        tracer: process.tracer.clone(),
+    });
+    let reported = Arc::clone(&api);
+    meters::read_status(&process.metrics, move |now| reported.report(now));
     tracing::info!(%address, %instance, checkpoint = checkpoint.fingerprint(), "router listens");
     ready(address);
-    let served = serve(listener, api, &tasks);
+    let served = serve(listener, api, &process.metrics, &tasks);
     let deadline = async {
         tasks.shutting_down().await;
         announcement.update(record(State::Draining));
@@ -128,7 +146,7 @@ pub async fn run(args: Args, tasks: Tasks, ready: impl FnOnce(SocketAddr)) -> an
     Ok(())
 }
 
-async fn serve(listener: TcpListener, api: Api, tasks: &Tasks) -> anyhow::Result<()> {
+async fn serve(listener: TcpListener, api: Arc<Api>, metrics: &Metrics, tasks: &Tasks) -> anyhow::Result<()> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<RouterServer<Api>>().await;
     let reflection = || {
@@ -136,7 +154,7 @@ async fn serve(listener: TcpListener, api: Api, tasks: &Tasks) -> anyhow::Result
             .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let router = RouterServer::new(api)
+    let router = RouterServer::from_arc(api)
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
     let shutdown = async {
@@ -144,13 +162,16 @@ async fn serve(listener: TcpListener, api: Api, tasks: &Tasks) -> anyhow::Result
         health.set_not_serving::<RouterServer<Api>>().await;
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
     };
+    let services = Routes::new(router)
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?);
     Server::builder()
         .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
-        .add_service(health_service)
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
-        .add_service(router)
+        // For `/metrics`, which is plain HTTP on the same port.
+        .accept_http1(true)
+        .add_routes(metrics.mount(services.into_axum_router()).into())
         // Not `TcpListenerStream`: it leaves Nagle's algorithm on, which costs 40 ms a token now and then.
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown)
         .await?;

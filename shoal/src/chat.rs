@@ -92,6 +92,8 @@ async fn start(args: &Args) -> anyhow::Result<Cluster> {
         gateway: Some((LOCAL, Vec::new())),
         quiet: true,
         log_args: vec!["--log-filter=warn".to_owned()],
+        expert_args: Vec::new(),
+        trace_args: Vec::new(),
     };
     // Draws only on a terminal, on stderr.
     let spinner =
@@ -169,8 +171,10 @@ async fn ask(
     };
     let request = v1::ChatRequest { messages, options: Some(options), ..v1::ChatRequest::default() };
     let begun = now();
-    let mut deltas =
-        client.chat_stream(request).await.map_err(|status| Error::from_status(&status))?.into_inner();
+    let response = client.chat_stream(request).await.map_err(|status| Error::from_status(&status))?;
+    let trace_url =
+        response.metadata().get("x-shoal-trace-url").and_then(|url| url.to_str().ok()).map(str::to_owned);
+    let mut deltas = response.into_inner();
     let mut paper = Paper::new(args.no_reasoning);
     let mut first_token = None;
     loop {
@@ -190,6 +194,9 @@ async fn ask(
             paper.end()?;
             let timing = Timing { to_first: first_token - begun, generating: now() - first_token };
             report(&usage, &delta.finish_reason, timing)?;
+            if let Some(url) = trace_url {
+                writeln!(io::stderr(), "trace: {url}")?;
+            }
             return Ok(Some(paper.answer));
         }
     }

@@ -25,6 +25,10 @@ pub(crate) struct Plan {
     pub(crate) gateway: Option<(SocketAddr, Vec<String>)>,
     pub(crate) quiet: bool,
     pub(crate) log_args: Vec<String>,
+    /// By expert server; fewer lists than servers leave the others without.
+    pub(crate) expert_args: Vec<Vec<String>>,
+    /// For every service.
+    pub(crate) trace_args: Vec<String>,
 }
 
 /// How the processes find each other.
@@ -74,6 +78,7 @@ impl Cluster {
             args: [
                 plan.log_args.clone(),
                 vec![service.to_owned(), "--model".to_owned(), plan.model.display().to_string()],
+                plan.trace_args.clone(),
                 args,
             ]
             .concat(),
@@ -101,7 +106,8 @@ impl Cluster {
                 [flag, rest @ ..] => format!("{} {}", flag.trim_start_matches('-'), rest.join(" ")),
             };
             let registry = if in_etcd.is_some() { registry(&[]) } else { Vec::new() };
-            let args = [flags.clone(), registry].concat();
+            let own = plan.expert_args.get(i).cloned().unwrap_or_default();
+            let args = [flags.clone(), registry, own].concat();
             Member::start(spec(format!("expert{}", i + 1), role, "expert", LOCAL, args), &tasks)
         });
         let experts: Vec<Member> = futures_util::future::try_join_all(starts).await?;

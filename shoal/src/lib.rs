@@ -93,16 +93,16 @@ pub fn main() -> ExitCode {
 
 fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Gateway(service) => {
-            process::serve(log, service.process, |tasks, ready| gateway::run(service.args, tasks, ready))
-        }
-        Command::Router(service) => {
-            process::serve(log, service.process, |tasks, ready| router_svc::run(service.args, tasks, ready))
-        }
-        Command::Expert(service) => {
-            process::serve(log, service.process, |tasks, ready| expert_svc::run(service.args, tasks, ready))
-        }
-        Command::Up(args) => process::tool(log, up::run(args)),
+        Command::Gateway(service) => process::serve(log, "gateway", service.process, |process, ready| {
+            gateway::run(service.args, process, ready)
+        }),
+        Command::Router(service) => process::serve(log, "router", service.process, |process, ready| {
+            router_svc::run(service.args, process, ready)
+        }),
+        Command::Expert(service) => process::serve(log, "expert", service.process, |process, ready| {
+            expert_svc::run(service.args, process, ready)
+        }),
+        Command::Up(args) => process::tool(log, up::run(args, log)),
         Command::Chat(args) => process::tool(log, chat::run(args)),
         Command::Logits(args) => process::tool(log, logits::run(args)),
         Command::Ps(args) => process::tool(log, ps::run(args)),

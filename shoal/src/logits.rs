@@ -107,6 +107,8 @@ fn plan(args: &Args) -> anyhow::Result<Plan> {
         gateway: None,
         quiet: true,
         log_args: vec!["--log-filter=warn".to_owned()],
+        expert_args: Vec::new(),
+        trace_args: Vec::new(),
     })
 }
 

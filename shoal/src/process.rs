@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use serde_json::json;
-use telemetry::{Tasks, log};
+use telemetry::{Options, Tasks, log};
 use tokio::runtime::{Builder, Runtime};
 
 /// How a log line is written.
@@ -32,9 +32,46 @@ pub(crate) struct LogArgs {
     pub(crate) log_filter: Option<String>,
 }
 
+/// Where traces go. OpenTelemetry's own OTEL_* variables count where a flag is absent.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct TraceArgs {
+    /// Collector for traces: http://host:4317 for gRPC, http://host:4318 for HTTP
+    #[arg(long, env = "SHOAL_OTLP", value_name = "URL")]
+    pub(crate) otlp: Option<String>,
+    /// Share of the traces that begin here and are recorded; a caller's own decision goes before it [default: all]
+    #[arg(long, env = "SHOAL_TRACE_SAMPLE", value_name = "0..1", value_parser = share)]
+    pub(crate) trace_sample: Option<f64>,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("not between 0 and 1".to_owned()) }
+}
+
+impl TraceArgs {
+    /// For a child.
+    pub(crate) fn to_args(&self) -> Vec<String> {
+        let otlp = self.otlp.iter().map(|url| format!("--otlp={url}"));
+        otlp.chain(self.trace_sample.iter().map(|share| format!("--trace-sample={share}"))).collect()
+    }
+}
+
+impl LogArgs {
+    /// For a child.
+    pub(crate) fn to_args(&self) -> Vec<String> {
+        let format = (self.log == Format::Json).then(|| "--log=json".to_owned());
+        format
+            .into_iter()
+            .chain(self.log_filter.iter().map(|filter| format!("--log-filter={filter}")))
+            .collect()
+    }
+}
+
 /// Flags of every service process.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Process {
+    #[command(flatten)]
+    traces: TraceArgs,
     /// End when stdin closes: so a child ends with its parent, even a killed one
     #[arg(long, hide = true)]
     exit_with_stdin: bool,
@@ -55,15 +92,19 @@ fn init(args: &LogArgs, default_filter: &str) -> anyhow::Result<Runtime> {
 /// Runs a service until SIGTERM, Ctrl-C, or the end of its parent.
 pub(crate) fn serve<F, R>(
     log: &LogArgs,
+    service: &'static str,
     process: Process,
-    run: impl FnOnce(Tasks, Box<dyn FnOnce(SocketAddr) + Send>) -> F,
+    run: impl FnOnce(telemetry::Process, Box<dyn FnOnce(SocketAddr) + Send>) -> F,
 ) -> anyhow::Result<ExitCode>
 where
     F: Future<Output = anyhow::Result<R>>,
 {
     let runtime = init(log, "info")?;
     runtime.block_on(async {
-        let tasks = Tasks::new();
+        let options = Options { endpoint: process.traces.otlp.clone(), sample: process.traces.trace_sample };
+        let instance = uuid::Uuid::new_v4().simple().to_string();
+        let running = telemetry::Process::start(service, env!("CARGO_PKG_VERSION"), instance, &options)?;
+        let tasks = running.tasks.clone();
         let signalled = tasks.clone();
         tasks.spawn("signals", async move {
             match telemetry::tasks::stop_signal().await {
@@ -74,8 +115,10 @@ where
         if process.exit_with_stdin {
             end_with_stdin(tasks.clone())?;
         }
-        run(tasks, Box::new(announce)).await?;
-        Ok(ExitCode::SUCCESS)
+        let result = run(running.clone(), Box::new(announce)).await;
+        // Outside the runtime's own threads, which the export needs.
+        tokio::task::spawn_blocking(move || running.finish()).await?;
+        result.map(|_| ExitCode::SUCCESS)
     })
 }
 

@@ -8,11 +8,13 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::Context as _;
 use serde_json::json;
 
 use crate::{
     checkpoint_dir,
     cluster::{Cluster, Plan, Where},
+    process::{LogArgs, TraceArgs},
     table,
 };
 
@@ -43,8 +45,22 @@ pub(crate) struct Args {
     /// Print where everybody listens as one JSON line instead of a table
     #[arg(long)]
     json: bool,
+    /// Jaeger's page, such as http://localhost:16686: traces go to port 4317 of its host (or to --otlp), and `shoal chat`
+    /// prints where the answer's is
+    #[arg(long, env = "SHOAL_JAEGER", value_name = "URL")]
+    jaeger: Option<String>,
+    #[command(flatten)]
+    traces: TraceArgs,
     #[command(flatten)]
     pass: PassOn,
+}
+
+/// The collector beside a Jaeger whose page is at `url`.
+fn otlp_of(url: &str) -> anyhow::Result<String> {
+    let (scheme, rest) = url.split_once("://").context("--jaeger is no URL")?;
+    let authority = rest.split('/').next().unwrap_or_default();
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    Ok(format!("{scheme}://{host}:4317"))
 }
 
 fn etcd_url(url: &str) -> Result<String, String> {
@@ -64,9 +80,27 @@ pub(crate) struct PassOn {
     /// For the gateway, for example --gateway-arg=--served-model-name=fish; may be repeated
     #[arg(long = "gateway-arg", value_name = "FLAG=VALUE", allow_hyphen_values = true)]
     pub(crate) gateway: Vec<String>,
+    /// For every expert server, or for the Nth only: --expert-arg=2:--chaos-delay=20ms; may be repeated
+    #[arg(long = "expert-arg", value_name = "[N:]FLAG=VALUE", allow_hyphen_values = true)]
+    pub(crate) expert: Vec<String>,
 }
 
-pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+impl PassOn {
+    /// The flags for expert server `at`, counted from 0.
+    fn for_expert(&self, at: usize) -> Vec<String> {
+        let flag = |arg: &String| match arg.split_once(':').map(|(n, flag)| (n.parse::<usize>(), flag)) {
+            Some((Ok(n), flag)) => (n == at + 1).then(|| flag.to_owned()),
+            Some((Err(_), _)) | None => Some(arg.clone()),
+        };
+        self.expert.iter().filter_map(flag).collect()
+    }
+}
+
+pub(crate) async fn run(mut args: Args, log: &LogArgs) -> anyhow::Result<ExitCode> {
+    if let (Some(jaeger), None) = (&args.jaeger, &args.traces.otlp) {
+        args.traces.otlp = Some(otlp_of(jaeger)?);
+    }
+    let trace_url = args.jaeger.iter().map(|url| format!("--trace-url={url}"));
     let registry = match (args.registry, args.etcd) {
         (Some(url), _) => Where::Etcd(url),
         (None, true) => Where::OwnEtcd,
@@ -80,10 +114,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         },
         registry,
         routers: args.routers.get(),
-        router_args: [vec![format!("--replicas={}", args.replicas)], args.pass.router].concat(),
-        gateway: Some((args.listen, args.pass.gateway)),
+        router_args: [vec![format!("--replicas={}", args.replicas)], args.pass.router.clone()].concat(),
+        expert_args: (0..args.experts.get()).map(|at| args.pass.for_expert(at)).collect(),
+        gateway: Some((args.listen, args.pass.gateway.into_iter().chain(trace_url).collect())),
         quiet: false,
-        log_args: Vec::new(),
+        log_args: log.to_args(),
+        trace_args: args.traces.to_args(),
     };
     let stop = telemetry::tasks::stop_signal();
     tokio::pin!(stop);

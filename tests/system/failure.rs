@@ -26,7 +26,7 @@ use crate::{
 const BOUNDED: Duration = Duration::from_secs(40);
 
 /// Recites `ok` after `>`; every row needs experts 0 and 3.
-fn needs_expert_3() -> Chain {
+pub(crate) fn needs_expert_3() -> Chain {
     Chain::new().recites(b'>', "ok").cycles().prefers([0, 3])
 }
 

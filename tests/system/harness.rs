@@ -3,6 +3,7 @@
 pub(crate) mod ask;
 pub(crate) mod clients;
 pub(crate) mod cluster;
+pub(crate) mod collector;
 pub(crate) mod http;
 pub(crate) mod process;
 pub(crate) mod sse;

@@ -280,11 +280,7 @@ async fn aftermath(plan: &Plan, views: &Mutex<Vec<Seen>>) {
 }
 
 /// When each living expert server was registered exactly once, since the last event.
-async fn registered_once(
-    plan: &Plan,
-    cluster: &Cluster,
-    began: Instant,
-) -> anyhow::Result<Option<Duration>> {
+async fn registered_once(plan: &Plan, cluster: &Cluster, began: Instant) -> anyhow::Result<Option<Duration>> {
     if plan.scenario.check.registered_within.is_none() {
         return Ok(None);
     }

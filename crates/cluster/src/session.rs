@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use ids::{InstanceId, Version};
-use telemetry::Tasks;
+use telemetry::{Metrics, Tasks, metrics::one, names};
 use tokio::sync::watch;
 
 use crate::{
@@ -68,6 +68,17 @@ impl Session {
             Registry::Static(addresses) => Kind::Static(addresses.clone()),
             Registry::Etcd(url) => Kind::Etcd(Arc::new(etcd::Session::open(url, tasks)?)),
         }))
+    }
+
+    /// Adds the registry's state to a process's metrics.
+    pub fn observe(&self, metrics: &Metrics) {
+        let standing = |session: &Self| match &session.0 {
+            Kind::Static(_) => (true, 1),
+            Kind::Etcd(session) => session.standing(),
+        };
+        let (connected, revision) = (self.clone(), self.clone());
+        metrics.read(&names::REGISTRY_CONNECTED, move || one(f64::from(u8::from(standing(&connected).0))));
+        metrics.read(&names::REGISTRY_REVISION, move || one(standing(&revision).1 as f64));
     }
 
     /// True if members come and go by themselves and a leader places experts.

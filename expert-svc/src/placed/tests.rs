@@ -85,6 +85,10 @@ impl Follower {
     }
 }
 
+fn quiet() -> crate::observe::Observers {
+    crate::observe::Observers::new(&telemetry::Metrics::default(), telemetry::Tracer::off())
+}
+
 #[tokio::test]
 async fn the_record_says_what_is_held_and_which_placement_that_is() {
     let follower = Follower::start(&[0], 5).await;
@@ -138,7 +142,7 @@ fn frame(id: u64, expert: u32, weights: WeightsHash) -> Frame {
         assignments: vec![Assignment { row: RowIndex(0), expert: ExpertId(expert), weight: 0.5 }],
         combine: Combine::Fast,
         timeout: None,
-        traceparent: String::new(),
+        traceparents: Vec::new(),
         epoch: Epoch(id),
         weights,
     }
@@ -157,7 +161,8 @@ async fn holdings_that_change_under_load_lose_no_frame() {
     let compute = Arc::clone(shard);
     let clock: crate::engine::Clock = Arc::new(|| tokio::time::Instant::now().into_std());
     let engine =
-        Engine::start(1, Arc::new(move |frame: &_| compute.compute(frame)), Arc::clone(&clock)).unwrap();
+        Engine::start(1, Arc::new(move |frame: &_| compute.compute(frame)), Arc::clone(&clock), quiet())
+            .unwrap();
     let streams =
         Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, follower.tasks.clone());
     streams.admit();

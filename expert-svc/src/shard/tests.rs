@@ -36,7 +36,7 @@ fn frame(shard: &Shard, experts: &[u32]) -> Frame {
         assignments: experts.iter().map(assignment).collect(),
         combine: Combine::Fast,
         timeout: None,
-        traceparent: String::new(),
+        traceparents: Vec::new(),
         epoch: held.epoch,
         weights: weights.fold(WeightsHash::default(), WeightsHash::and),
     }

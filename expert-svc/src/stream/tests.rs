@@ -51,7 +51,7 @@ impl Server {
         let now = Arc::new(Mutex::new(tokio::time::Instant::now().into_std()));
         let hand = Arc::clone(&now);
         let clock: Clock = Arc::new(move || *hand.lock().unwrap());
-        let engine = Engine::start(1, Arc::new(compute), Arc::clone(&clock)).unwrap();
+        let engine = Engine::start(1, Arc::new(compute), Arc::clone(&clock), quiet()).unwrap();
         let streams =
             Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, Tasks::new());
         streams.admit();
@@ -100,6 +100,10 @@ impl Server {
     }
 }
 
+fn quiet() -> crate::observe::Observers {
+    crate::observe::Observers::new(&telemetry::Metrics::default(), telemetry::Tracer::off())
+}
+
 fn frame(id: u64) -> Frame {
     Frame {
         id: FrameId(id),
@@ -108,7 +112,7 @@ fn frame(id: u64) -> Frame {
         assignments: vec![Assignment { row: RowIndex(0), expert: ExpertId(0), weight: 1.0 }; 3],
         combine: Combine::Fast,
         timeout: None,
-        traceparent: String::new(),
+        traceparents: Vec::new(),
         epoch: PLAN.0,
         weights: PLAN.1,
     }
@@ -153,7 +157,10 @@ async fn a_stream_ends_when_its_router_is_done_and_answered() {
     assert_eq!(next(&mut replies).await, None);
     drop(replies);
     assert_eq!(server.streams.n_open(), 0);
-    assert_eq!(server.end().await, Counts { frames: 2, frames_failed: 0, frames_late: 0, rows: 2, pairs: 6 });
+    assert_eq!(
+        server.end().await,
+        Counts { frames: 2, frames_failed: 0, frames_late: 0, frames_computed: 2, rows: 2, pairs: 6 }
+    );
 }
 
 #[tokio::test]
@@ -170,7 +177,10 @@ async fn a_stream_that_breaks_drops_the_frames_it_queued() {
     assert_eq!(server.streams.n_open(), 0);
     // One release: if frame 2 or 3 were computed too, the engine would not end.
     server.release();
-    assert_eq!(server.end().await, Counts { frames: 3, frames_failed: 2, frames_late: 0, rows: 1, pairs: 3 });
+    assert_eq!(
+        server.end().await,
+        Counts { frames: 3, frames_failed: 2, frames_late: 0, frames_computed: 1, rows: 1, pairs: 3 }
+    );
 }
 
 #[tokio::test]
@@ -197,7 +207,10 @@ async fn a_frame_past_its_deadline_is_not_computed() {
     assert_eq!(error.code, Code::DeadlineExceeded);
     assert_eq!(error.message, "frame 3 waited 20ms to be computed, its timeout is 19.999ms");
     drop((frames, replies));
-    assert_eq!(server.end().await, Counts { frames: 3, frames_failed: 1, frames_late: 1, rows: 2, pairs: 6 });
+    assert_eq!(
+        server.end().await,
+        Counts { frames: 3, frames_failed: 1, frames_late: 1, frames_computed: 2, rows: 2, pairs: 6 }
+    );
 }
 
 #[tokio::test]
@@ -248,7 +261,10 @@ async fn drain_answers_what_was_read_and_ends_the_stream() {
     assert_eq!(next(&mut replies).await, computed(2));
     assert_eq!(next(&mut replies).await, None);
     drop(replies);
-    assert_eq!(server.end().await, Counts { frames: 2, frames_failed: 0, frames_late: 0, rows: 2, pairs: 6 });
+    assert_eq!(
+        server.end().await,
+        Counts { frames: 2, frames_failed: 0, frames_late: 0, frames_computed: 2, rows: 2, pairs: 6 }
+    );
 }
 
 #[tokio::test]
@@ -281,7 +297,10 @@ async fn what_fails_fails_alone() {
     assert_eq!((status.code(), status.message()), (tonic::Code::OutOfRange, "message too large"));
     assert_eq!(next(&mut replies).await, None);
     drop(replies);
-    assert_eq!(server.end().await, Counts { frames: 6, frames_failed: 5, frames_late: 0, rows: 1, pairs: 3 });
+    assert_eq!(
+        server.end().await,
+        Counts { frames: 6, frames_failed: 5, frames_late: 0, frames_computed: 1, rows: 1, pairs: 3 }
+    );
 }
 
 #[tokio::test]

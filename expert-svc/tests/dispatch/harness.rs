@@ -16,7 +16,7 @@ use proto::{
     rows::{Dtype, Rows},
     v1::{self, expert_client::ExpertClient},
 };
-use telemetry::Tasks;
+use telemetry::{Process, Tasks};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -60,7 +60,10 @@ impl Server {
         let args = args(model, flags);
         let inner = tasks.clone();
         tasks.spawn("server", async move {
-            let result = expert_svc::run(args, inner, |address| ready.send(address).unwrap()).await;
+            let result = expert_svc::run(args, Process::quiet("tested", inner), |address| {
+                ready.send(address).unwrap()
+            })
+            .await;
             // The test may be over.
             let _unheard = end.send(result);
         });
@@ -178,7 +181,7 @@ pub(crate) fn frame(hidden: usize, n_rows: usize, experts: &[u32]) -> Frame {
         assignments: assignments.collect(),
         combine: Combine::Fast,
         timeout: None,
-        traceparent: String::new(),
+        traceparents: Vec::new(),
         epoch: Epoch::default(),
         weights: WeightsHash::default(),
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use futures_util::StreamExt as _;
 use proto::{Code, v1::ExpertStatusRequest};
-use telemetry::Tasks;
+use telemetry::{Process, Tasks};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -15,7 +15,10 @@ use crate::{
 };
 
 async fn start_error(model: &Path, flags: &[&str]) -> String {
-    let result = watched("start", expert_svc::run(args(model, flags), Tasks::new(), |_| panic!("it serves")));
+    let result = watched(
+        "start",
+        expert_svc::run(args(model, flags), Process::quiet("tested", Tasks::new()), |_| panic!("it serves")),
+    );
     format!("{:#}", result.await.unwrap_err())
 }
 
@@ -58,7 +61,9 @@ async fn a_server_stopped_while_it_starts_ends() {
     let tasks = Tasks::new();
     tasks.begin_shutdown();
     // It may have loaded before it hears of it.
-    watched("end", expert_svc::run(args(model.dir.path(), &[]), tasks, |_| {})).await.unwrap();
+    watched("end", expert_svc::run(args(model.dir.path(), &[]), Process::quiet("tested", tasks), |_| {}))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

@@ -3,8 +3,8 @@
 use proto::{Code, Error};
 use serde_json::{Value, json};
 
-/// `{"error": {…}}`
-pub(crate) fn body(error: &Error) -> Value {
+/// `{"error": {…}}`, with the trace that the failure is in.
+pub(crate) fn body(error: &Error, trace_id: &str) -> Value {
     let kind = match error.code {
         Code::InvalidArgument | Code::NotFound | Code::TooLarge => "invalid_request_error",
         Code::Overloaded => "rate_limit_error",
@@ -16,5 +16,6 @@ pub(crate) fn body(error: &Error) -> Value {
         "type": kind,
         "param": error.param,
         "code": error.reason,
+        "trace_id": trace_id,
     } })
 }

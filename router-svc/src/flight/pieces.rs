@@ -43,6 +43,8 @@ pub(super) struct Sent {
     pub(super) epoch: Epoch,
     pub(super) weights: WeightsHash,
     pub(super) frame_id: FrameId,
+    /// Its place in the flight's log.
+    pub(super) attempt_idx: usize,
     pub(super) frame_rows: Vec<usize>,
     /// When a second frame is due; None: nobody else could take it, or one is under way.
     pub(super) hedge_at: Option<Instant>,

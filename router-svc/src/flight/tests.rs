@@ -36,8 +36,12 @@ pub(crate) fn serve(frame: &Frame, overflow_over: f32) -> Reply {
             sums
         }
     };
-    let computed =
-        Computed { rows: Rows::encode(Dtype::F32, 2, &values), overflow_rows, compute_time: Duration::ZERO };
+    let computed = Computed {
+        rows: Rows::encode(Dtype::F32, 2, &values),
+        overflow_rows,
+        compute_time: Duration::ZERO,
+        queue_time: Duration::ZERO,
+    };
     Reply { id: frame.id, epoch: frame.epoch, weights: frame.weights, outcome: Ok(computed) }
 }
 

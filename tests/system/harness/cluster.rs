@@ -21,6 +21,10 @@ pub(crate) struct Builder {
     /// Further expert servers, which the test runs itself.
     other_experts: Vec<SocketAddr>,
     router_args: Vec<OsString>,
+    /// By server.
+    expert_args: Vec<(usize, Vec<OsString>)>,
+    /// For every process.
+    all_args: Vec<OsString>,
     gateway_args: Option<Vec<OsString>>,
 }
 
@@ -91,6 +95,18 @@ impl Builder {
         self
     }
 
+    /// For expert server `index`.
+    pub(crate) fn expert_args(mut self, index: usize, args: &[&str]) -> Self {
+        self.expert_args.push((index, os(args)));
+        self
+    }
+
+    /// For every process.
+    pub(crate) fn all_args(mut self, args: &[&str]) -> Self {
+        self.all_args.extend(os(args));
+        self
+    }
+
     pub(crate) fn gateway_args(mut self, args: &[&str]) -> Self {
         self.gateway_args.get_or_insert_default().extend(os(args));
         self
@@ -140,12 +156,14 @@ impl Builder {
     }
 
     fn service(&self, name: &str) -> impl Iterator<Item = OsString> + use<> {
-        [name.into(), "--model".into(), (*self.model).as_ref().into()].into_iter()
+        let model = [name.into(), "--model".into(), (*self.model).as_ref().into()];
+        model.into_iter().chain(self.all_args.clone())
     }
 
     fn args_of_expert(&self, index: usize, listen: OsString) -> Vec<OsString> {
         let holds = self.holds[index].iter().map(OsString::from);
-        self.service("expert").chain(["--listen".into(), listen]).chain(holds).collect()
+        let own = self.expert_args.iter().filter(|(of, _)| *of == index).flat_map(|(_, args)| args.clone());
+        self.service("expert").chain(["--listen".into(), listen]).chain(holds).chain(own).collect()
     }
 }
 
@@ -157,6 +175,8 @@ impl Cluster {
             holds: vec![["--shard".to_owned(), "1/1".to_owned()]],
             other_experts: Vec::new(),
             router_args: Vec::new(),
+            expert_args: Vec::new(),
+            all_args: Vec::new(),
             gateway_args: Some(Vec::new()),
         }
     }

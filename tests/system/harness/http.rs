@@ -46,9 +46,35 @@ impl Http {
             .unwrap_or_else(|error| panic!("POST {path}: {error}"))
     }
 
+    /// `post` with further headers.
+    pub(crate) async fn post_with(
+        &self,
+        path: &str,
+        headers: &[(&'static str, String)],
+        body: &Value,
+    ) -> Response {
+        let request = self.request_with("POST", path, headers, body.to_string().as_bytes());
+        self.exchange(&request).await.unwrap_or_else(|error| panic!("POST {path}: {error}"))
+    }
+
+    /// `stream` with further headers.
+    pub(crate) async fn stream_with(
+        &self,
+        path: &str,
+        headers: &[(&'static str, String)],
+        body: &Value,
+    ) -> Events {
+        let request = self.request_with("POST", path, headers, body.to_string().as_bytes());
+        let connection = self.send(&request).await.unwrap_or_else(|error| panic!("POST {path}: {error}"));
+        Self::events(connection, path).await
+    }
+
     /// Posts `body` and hands over the connection once the head of the response has come: the events follow.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> Events {
-        let mut connection = self.open(path, body).await;
+        Self::events(self.open(path, body).await, path).await
+    }
+
+    async fn events(mut connection: Connection, path: &str) -> Events {
         let (status, headers) =
             connection.head().await.unwrap_or_else(|error| panic!("POST {path}: {error}"));
         if status != 200 {
@@ -82,9 +108,20 @@ impl Http {
     }
 
     fn request(&self, method: &str, path: &str, body: &[u8]) -> Vec<u8> {
+        self.request_with(method, path, &[], body)
+    }
+
+    fn request_with(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&'static str, String)],
+        body: &[u8],
+    ) -> Vec<u8> {
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-type: application/json\r\n\
-             content-length: {}\r\n\r\n",
+             content-length: {}\r\n{headers}\r\n",
             self.address,
             body.len()
         );

@@ -51,6 +51,11 @@ impl Session {
         })
     }
 
+    /// Whether the registry answers, and the latest of its revisions seen.
+    pub(crate) fn standing(&self) -> (bool, i64) {
+        (self.connection.answers(), self.connection.revision())
+    }
+
     pub(crate) fn announce(&self, role: Role, record: Record) -> Announcement {
         Announcement::start(Arc::clone(&self.connection), role, record, &self.tasks)
     }

@@ -1,6 +1,12 @@
 //! A way to etcd, its keys, and how long to wait before trying again.
 
-use std::{fs, future::Future, path::Path, time::Duration};
+use std::{
+    fs,
+    future::Future,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicI64, Ordering::Relaxed},
+    time::Duration,
+};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 
@@ -22,6 +28,9 @@ pub(super) struct Connection {
     options: ConnectOptions,
     prefix: String,
     pub(super) ttl: Duration,
+    /// How it stands, for metrics.
+    answers: AtomicBool,
+    revision: AtomicI64,
 }
 
 impl Connection {
@@ -53,7 +62,27 @@ impl Connection {
             options,
             prefix: url.prefix.clone(),
             ttl: url.ttl,
+            answers: AtomicBool::new(false),
+            revision: AtomicI64::new(0),
         })
+    }
+
+    /// The registry has answered, as of `revision`.
+    pub(super) fn hears(&self, revision: i64) {
+        self.answers.store(true, Relaxed);
+        self.revision.fetch_max(revision, Relaxed);
+    }
+
+    pub(super) fn hears_nothing(&self) {
+        self.answers.store(false, Relaxed);
+    }
+
+    pub(super) fn answers(&self) -> bool {
+        self.answers.load(Relaxed)
+    }
+
+    pub(super) fn revision(&self) -> i64 {
+        self.revision.load(Relaxed)
     }
 
     pub(super) fn key(&self, name: &str) -> String {

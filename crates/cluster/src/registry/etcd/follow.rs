@@ -104,6 +104,7 @@ fn follow(
                 () = stop.shutting_down() => return,
                 error = follow_once(&connection, &folder, &mut listing, &mut retry, &mut publish) => error,
             };
+            connection.hears_nothing();
             tokio::select! {
                 () = stop.shutting_down() => return,
                 () = retry.pause(&error) => {}
@@ -129,6 +130,7 @@ async fn follow_once(
         let from = WatchOptions::new().with_prefix().with_start_revision(listing.revision() + 1);
         let mut events = within(CALL_TIMEOUT, client.watch(folder.prefix.as_str(), Some(from))).await?;
         retry.works();
+        connection.hears(listing.revision());
         let mut list_at = Instant::now() + LIST_INTERVAL;
         loop {
             let response = tokio::select! {
@@ -140,6 +142,7 @@ async fn follow_once(
                     if Instant::now() >= list_at {
                         list(&mut client, folder, listing, publish).await?;
                         list_at = Instant::now() + LIST_INTERVAL;
+                        connection.hears(listing.revision());
                     }
                     continue;
                 }
@@ -157,6 +160,7 @@ async fn follow_once(
             if apply(&response, folder, listing)? {
                 publish(listing);
             }
+            connection.hears(listing.revision());
         }
     };
     let result: Result<std::convert::Infallible, etcd_client::Error> = Box::pin(watch).await;

@@ -1,0 +1,255 @@
+//! Traces, as an OTLP collector gets them.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use super::{CALLER, TRACE, body, complete, full};
+use crate::{
+    fixtures::minnow,
+    harness::{
+        Cluster, Endpoint,
+        collector::{Collector, Span, Trace},
+        http::Response,
+        within,
+    },
+};
+
+const TOKENS: usize = 6;
+/// minnow's layers with experts, and all.
+const MOE_LAYERS: [&str; 4] = ["1", "2", "3", "4"];
+
+/// The gateway's span for the request is there: it comes last.
+fn is_rooted(trace: &Trace) -> Result<(), String> {
+    let rooted = trace.0.iter().any(|span| span.parent == CALLER && span.service == "shoal-gateway");
+    if rooted { Ok(()) } else { Err(format!("{} spans, no root", trace.0.len())) }
+}
+
+/// Every client span has its server's, and every decode step is there.
+fn is_complete(trace: &Trace) -> Result<(), String> {
+    is_rooted(trace)?;
+    let steps =
+        trace.named("shoal-router", "decode").count() + trace.named("shoal-router", "prefill").count();
+    let clients = trace.named("shoal-router", "shoal.v1.Expert/Dispatch").count();
+    let servers = trace.named("shoal-expert", "shoal.v1.Expert/Dispatch").count();
+    let calls = trace.named("shoal-router", "shoal.v1.Router/Generate").count();
+    if steps >= TOKENS && clients == servers && clients > 0 && calls > 0 {
+        Ok(())
+    } else {
+        Err(format!("{steps} steps, {clients} frames sent, {servers} received"))
+    }
+}
+
+async fn traced_cluster(collector: &Collector, experts: usize) -> Cluster {
+    Cluster::builder(&minnow()).experts(experts).all_args(&["--otlp", &collector.url()]).start().await
+}
+
+#[track_caller]
+fn assert_says_its_trace(response: &Response, trace_id: &str) {
+    assert_eq!(response.header("x-shoal-trace-id"), Some(trace_id));
+}
+
+#[tokio::test]
+async fn one_request_is_one_tree_down_to_the_experts() {
+    let collector = Collector::start().await;
+    let cluster = traced_cluster(&collector, 4).await;
+    let response = complete(&cluster.http(), &full(TRACE), TOKENS).await;
+    response.ok();
+    assert_says_its_trace(&response, TRACE);
+    let trace = collector.complete_trace(TRACE, is_complete).await;
+    trace.assert_is_a_tree_under(CALLER);
+    let roots: Vec<&Span> = trace.0.iter().filter(|span| span.parent == CALLER).collect();
+    let [root] = roots[..] else { panic!("{} roots", roots.len()) };
+    assert_eq!((root.name.as_str(), root.kind), ("text_completion tested", SpanKind::Server));
+    assert!(root.events.iter().any(|(name, _)| name == "first_token"), "{root:?}");
+    for (key, value) in [
+        ("gen_ai.operation.name", "text_completion"),
+        ("gen_ai.provider.name", "shoal"),
+        ("gen_ai.request.model", "tested"),
+        ("gen_ai.response.model", "tested"),
+        ("gen_ai.usage.output_tokens", "6"),
+        ("gen_ai.response.finish_reasons", "length"),
+        ("http.response.status_code", "200"),
+    ] {
+        assert_eq!(root.attribute(key), value, "{key}");
+    }
+    let steps: Vec<&Span> = trace
+        .0
+        .iter()
+        .filter(|span| span.service == "shoal-router" && matches!(span.name.as_str(), "prefill" | "decode"))
+        .collect();
+    assert_eq!(steps.len(), TOKENS, "a step a token, the first of them the prefill");
+    let mut servers = BTreeSet::new();
+    for step in steps {
+        let layers: Vec<&Span> = trace.children(step).collect();
+        assert_eq!(layers.len(), 1 + MOE_LAYERS.len(), "every layer of step {step:?}");
+        for layer in layers.iter().filter(|layer| MOE_LAYERS.contains(&layer.attribute("shoal.layer"))) {
+            let frames: Vec<&Span> = trace.children(layer).collect();
+            assert!(!frames.is_empty(), "{layer:?}");
+            for frame in frames {
+                assert_eq!(frame.kind, SpanKind::Client);
+                servers.insert(frame.attribute("shoal.server").to_owned());
+                let answers: Vec<&Span> = trace.children(frame).collect();
+                let [server] = answers[..] else { panic!("{} servers answered {frame:?}", answers.len()) };
+                assert_eq!((server.service.as_str(), server.kind), ("shoal-expert", SpanKind::Server));
+                for key in ["shoal.layer", "shoal.experts", "shoal.rows", "shoal.pairs", "shoal.frame"] {
+                    assert_eq!(server.attribute(key), frame.attribute(key), "{key}");
+                }
+                let parts: Vec<&str> = trace.children(server).map(|span| span.name.as_str()).collect();
+                assert_eq!(parts, ["receive", "queue", "compute", "reply"]);
+            }
+        }
+    }
+    assert_eq!(servers.len(), 4, "every server was touched: {servers:?}");
+    // The first parts of the way.
+    for name in ["admit", "shoal.v1.Router/Generate"] {
+        assert_eq!(trace.children(root).filter(|span| span.name == name).count(), 1, "{name}");
+    }
+    assert_eq!(trace.named("shoal-router", "queue").count(), 1);
+}
+
+#[tokio::test]
+async fn requests_of_one_batch_keep_their_traces_apart() {
+    const OTHER: &str = "1af7651916cd43dd8448eb211c80319d";
+    let collector = Collector::start().await;
+    let cluster = traced_cluster(&collector, 2).await;
+    let http = cluster.http();
+    let (one, other) = (full(TRACE), full(OTHER));
+    tokio::join!(complete(&http, &one, 60), complete(&http, &other, 60));
+    let mut shared = 0;
+    for (trace_id, other_id) in [(TRACE, OTHER), (OTHER, TRACE)] {
+        let trace = collector.complete_trace(trace_id, is_complete).await;
+        trace.assert_is_a_tree_under(CALLER);
+        for span in &trace.0 {
+            assert!(!format!("{span:?}").contains(other_id), "{span:?}");
+        }
+        shared += trace
+            .named("shoal-router", "decode")
+            .filter(|span| span.attribute("shoal.batch_sequences") == "2")
+            .count();
+    }
+    assert!(shared > 0, "they shared no step");
+    let links = |span: &Span| span.links.iter().cloned().collect::<BTreeSet<_>>();
+    let steps: Vec<Span> = collector
+        .all()
+        .into_iter()
+        .filter(|span| span.service == "shoal-router" && span.name == "step")
+        .collect();
+    let both = BTreeSet::from([TRACE.to_owned(), OTHER.to_owned()]);
+    assert!(steps.iter().any(|step| links(step) == both), "a step that both shared links to both");
+    assert!(steps.iter().all(|step| step.parent.is_empty() && !both.contains(&step.trace_id)));
+}
+
+#[tokio::test]
+async fn the_caller_decides_what_is_recorded() {
+    const UNSAMPLED: &str = "2af7651916cd43dd8448eb211c80319e";
+    let collector = Collector::start().await;
+    let cluster = traced_cluster(&collector, 1).await;
+    let http = cluster.http();
+    let not = vec![("traceparent", format!("00-{UNSAMPLED}-{CALLER}-00"))];
+    let response = complete(&http, &not, 2).await;
+    assert_says_its_trace(&response, UNSAMPLED);
+    // Malformed: as if it were not there.
+    let malformed = complete(&http, &[("traceparent", "00-zz-01".to_owned())], 2).await;
+    malformed.ok();
+    let own = malformed.header("x-shoal-trace-id").expect("every answer says its trace").to_owned();
+    let rooted = |trace: &Trace| {
+        let found = trace.0.iter().any(|span| span.service == "shoal-gateway" && span.parent.is_empty());
+        if found { Ok(()) } else { Err(format!("{} spans", trace.0.len())) }
+    };
+    collector.complete_trace(&own, rooted).await;
+    // What came before it would be there by now.
+    assert!(collector.trace(UNSAMPLED).0.is_empty());
+    // An error is in a trace too, and its body says which.
+    let unknown = json!({"model": "no such model", "prompt": "x"});
+    let response = http.post_with(Endpoint::Completions.path(), &full(TRACE), &unknown).await;
+    assert_eq!(response.status, 404);
+    assert_eq!(response.json()["error"]["trace_id"], TRACE);
+    let trace = collector.complete_trace(TRACE, is_rooted).await;
+    let root = trace.0.iter().find(|span| span.parent == CALLER).expect("complete");
+    assert!(root.failed && root.attribute("error.type") == "model_not_found", "{root:?}");
+    assert!(
+        !format!("{trace:?}").contains("no such model") || root.attribute("gen_ai.request.model") == "tested"
+    );
+}
+
+#[tokio::test]
+async fn a_killed_server_and_its_replacement_are_in_the_trace() {
+    let collector = Collector::start().await;
+    let builder = Cluster::builder(&minnow()).placement(&["0-15", "0-15"]);
+    let mut cluster = builder.all_args(&["--otlp", &collector.url()]).start().await;
+    let http = cluster.http();
+    let mut request = body("What is 348 + 277?", 400);
+    request["stream"] = json!(true);
+    let mut events = http.stream_with(Endpoint::Completions.path(), &full(TRACE), &request).await;
+    for _ in 0..5 {
+        events.next().await.expect("the stream goes on").expect("the stream goes on");
+    }
+    // A frame is on its way to a frozen server; killed then, it fails that frame.
+    cluster.experts[0].process.freeze();
+    for _ in 0..3 {
+        events.next().await.expect("the stream goes on").expect("the stream goes on");
+    }
+    cluster.experts[0].process.kill();
+    events.rest().await;
+    let trace = collector.complete_trace(TRACE, is_rooted).await;
+    let failed: Vec<&Span> = trace
+        .named("shoal-router", "shoal.v1.Expert/Dispatch")
+        .filter(|span| span.failed || span.attribute("shoal.outcome") == "outrun")
+        .collect();
+    assert!(!failed.is_empty(), "the attempt at the killed server");
+    let layer_of =
+        |span: &Span| trace.0.iter().find(|other| other.id == span.parent).expect("no orphans").clone();
+    let replaced = failed.iter().any(|attempt| {
+        let layer = layer_of(attempt);
+        let answered = trace.children(&layer).any(|other| {
+            other.attribute("shoal.outcome") == "answered"
+                && matches!(other.attribute("shoal.attempt"), "failover" | "hedge")
+        });
+        let told = layer.events.iter().any(|(name, attributes)| {
+            matches!(name.as_str(), "failover" | "hedge") && attributes.contains_key("shoal.cause")
+        });
+        answered && told
+    });
+    assert!(replaced, "the one that answered, and an event with its cause: {failed:?}");
+}
+
+/// B30's sister: with nobody on the collector's port, and with somebody there who never answers.
+#[tokio::test]
+async fn a_collector_that_is_away_or_hangs_costs_nothing() {
+    const EXIT_MAX: Duration = Duration::from_secs(5);
+    let silent = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let hanging = format!("http://{}", silent.local_addr().expect("it listens"));
+    let nobody = {
+        let closed = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        format!("http://{}", closed.local_addr().expect("it listens"))
+    };
+    for url in [hanging, nobody] {
+        let mut cluster = Cluster::builder(&minnow()).experts(2).all_args(&["--otlp", &url]).start().await;
+        let http = cluster.http();
+        for _ in 0..20 {
+            within(Duration::from_secs(20), "answer", complete(&http, &full(TRACE), 8)).await.ok();
+        }
+        let began = now();
+        for member in cluster.members() {
+            member.process.terminate();
+        }
+        for member in cluster.members() {
+            let ended = member.process.ended().await;
+            assert!(ended.status.success(), "{}", ended.stderr);
+            let complaints = ended.stderr.matches("the trace collector takes no spans").count();
+            assert!(complaints <= 2, "one warning a minute at most: {}", ended.stderr);
+        }
+        assert!(began.elapsed() < EXIT_MAX, "{:?}", began.elapsed());
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "an exit is timed")]
+fn now() -> Instant {
+    Instant::now()
+}
