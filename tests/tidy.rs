@@ -303,7 +303,8 @@ fn flags_in(text: &str) -> BTreeSet<String> {
 }
 
 /// Flags that the docs show with other programs' commands.
-const FLAGS_OF_OTHERS: [&str; 10] = [
+const FLAGS_OF_OTHERS: [&str; 11] = [
+    "config",
     "prefix",
     "release",
     "locked",

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cluster::table;
+use cluster::{RoutingTable, table};
 use model::{Backbone, Pages, Span};
 use proto::{Code, Error};
 use telemetry::Tracer;
@@ -144,7 +144,7 @@ impl Engine {
         let layers = std::mem::take(&mut result.layers);
         let failures: Vec<_> = result.fates.iter().map(Fate::failure).collect();
         let (finished, ended) = self.deliver(&batch, result, now);
-        self.observe(&batch, planned, failures, &layers, (now, ended));
+        self.observe(&batch, planned, failures, &layers, &view.table, (now, ended));
         self.scheduler.remove(&finished);
         self.stats.count_step();
         Turn::Worked
@@ -195,12 +195,14 @@ impl Engine {
         mut planned: Vec<Planned>,
         failures: Vec<Option<(&'static str, String)>>,
         layers: &[LayerLog],
+        table: &RoutingTable,
         (started, ended): (Instant, Instant),
     ) {
         self.n_steps += 1;
         let n_rows = batch.iter().map(|scheduled| scheduled.rows.len()).sum();
-        let step = StepLog { number: self.n_steps, started, ended, n_rows, n_sequences: batch.len(), layers };
-        self.observers.meters.step(&step, &self.remote.view().table);
+        let step =
+            StepLog { number: self.n_steps, started, ended, n_rows, n_sequences: batch.len(), layers, table };
+        self.observers.meters.step(&step);
         let slow = self.usual.is_slow(n_rows, ended - started);
         if !self.observers.tracer.is_on() {
             return;

@@ -26,7 +26,7 @@ use proto::{
 };
 use telemetry::trace::SpanId;
 
-use self::log::{Attempt, Ejection, Ending, Kind, Log};
+use self::log::{Attempt, Ejection, Ending, Kind, Log, Purpose, distinct};
 use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State};
 use crate::dispatch::{Activations, Grounds, Part, Slot, pack, plan, plan_for};
 
@@ -556,25 +556,6 @@ impl Flight {
     pub(crate) fn activations(&self) -> &Activations {
         &self.activations
     }
-}
-
-/// Why frames are sent.
-struct Purpose {
-    kind: Kind,
-    cause: Option<String>,
-}
-
-impl Purpose {
-    const fn first() -> Self {
-        Self { kind: Kind::First, cause: None }
-    }
-}
-
-fn distinct(experts: impl Iterator<Item = ExpertId>) -> Vec<ExpertId> {
-    let mut experts: Vec<ExpertId> = experts.collect();
-    experts.sort_unstable();
-    experts.dedup();
-    experts
 }
 
 /// Why a piece was not asked of others as well.

@@ -14,7 +14,7 @@ use ids::{InstanceId, LayerId, Version};
 use proto::v1;
 use telemetry::{
     Metrics,
-    metrics::{Counter, Counters, Histogram, Histograms, Reading, labels, one},
+    metrics::{Counter, Histogram, Histograms, Reading, labels, one},
     names::{self, Metric},
 };
 
@@ -26,6 +26,25 @@ use crate::{
 /// (layer, expert) pairs up to which each has a series of its own unless the flags say otherwise.
 const EXPERT_SERIES_DEFAULT_MAX: usize = 4096;
 
+/// Why frames fail. A server says its reason itself: what is not here is counted as the last.
+const FAILURE_REASONS: [&str; 15] = [
+    "transport",
+    "stream_ended",
+    "link_down",
+    "dispatch_timeout",
+    "deadline_exceeded",
+    "checksum_mismatch",
+    "weights_mismatch",
+    "stale_reply",
+    "not_finite",
+    "expert_not_held",
+    "loading",
+    "draining",
+    "internal",
+    "invalid_value",
+    "other",
+];
+
 /// What the engine's thread observes.
 pub(crate) struct Meters {
     queue: Histogram,
@@ -34,7 +53,7 @@ pub(crate) struct Meters {
     step_sequences: Histogram,
     layers: HashMap<LayerId, Layer>,
     frames: Vec<(Kind, Counter)>,
-    failures: Counters,
+    failures: Vec<(&'static str, Counter)>,
     round_trip: Histograms,
     compute: Histograms,
     servers: HashMap<InstanceId, Server>,
@@ -101,6 +120,9 @@ impl Meters {
             });
         }
         let frames = metrics.counters(&names::ROUTER_FRAMES);
+        let failures = metrics.counters(&names::ROUTER_FRAME_FAILURES);
+        let failure =
+            |reason| (reason, failures.get_or_create_owned(&labels(&names::ROUTER_FRAME_FAILURES, [reason])));
         let kind =
             |kind: Kind| (kind, frames.get_or_create_owned(&labels(&names::ROUTER_FRAMES, [kind.as_str()])));
         Self {
@@ -110,7 +132,7 @@ impl Meters {
             step_sequences: metrics.histogram(&names::ROUTER_STEP_SEQUENCES),
             layers,
             frames: Kind::ALL.map(kind).to_vec(),
-            failures: metrics.counters(&names::ROUTER_FRAME_FAILURES),
+            failures: FAILURE_REASONS.map(failure).to_vec(),
             round_trip: metrics.histograms(&names::ROUTER_FRAME),
             compute: metrics.histograms(&names::ROUTER_FRAME_COMPUTE),
             servers: HashMap::new(),
@@ -122,8 +144,8 @@ impl Meters {
         self.queue.observe(waited.as_secs_f64());
     }
 
-    pub(crate) fn step(&mut self, step: &StepLog<'_>, table: &RoutingTable) {
-        self.follow(table);
+    pub(crate) fn step(&mut self, step: &StepLog<'_>) {
+        self.follow(step.table);
         self.step.observe((step.ended - step.started).as_secs_f64());
         self.step_rows.observe(step.n_rows as f64);
         self.step_sequences.observe(step.n_sequences as f64);
@@ -155,7 +177,10 @@ impl Meters {
                 }
             }
             Ending::Failed { reason, .. } => {
-                self.failures.get_or_create(&labels(&names::ROUTER_FRAME_FAILURES, [reason])).inc();
+                let known = self.failures.iter().find(|(known, _)| known == reason);
+                if let Some((_, failed)) = known.or_else(|| self.failures.last()) {
+                    failed.inc();
+                }
             }
         }
     }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use cluster::RoutingTable;
 use ids::LayerId;
 use telemetry::{
     Tracer,
@@ -100,6 +101,8 @@ pub(crate) struct StepLog<'a> {
     pub(crate) n_rows: usize,
     pub(crate) n_sequences: usize,
     pub(crate) layers: &'a [LayerLog],
+    /// Of the step's beginning: who may have been lost meanwhile is in it.
+    pub(crate) table: &'a RoutingTable,
 }
 
 /// How long steps of a size usually take: a moving average by powers of two of their rows.
@@ -272,6 +275,9 @@ impl Writer<'_> {
                 .with("shoal.hedged", attempt.kind == Kind::Hedge)
                 .with("shoal.retried", attempt.kind == Kind::Failover)
                 .with("shoal.server_traced", part.wanted);
+        if let Some(holder) = self.step.table.holder(&attempt.holder) {
+            span = span.with("server.address", holder.address.clone());
+        }
         if let Some(cause) = &attempt.cause {
             span = span.with("shoal.cause", cause.clone());
         }

@@ -1,5 +1,6 @@
 //! What a cluster tells about itself: traces down to the expert server that computed, metrics, log lines.
 
+mod doors;
 mod jaeger;
 mod metrics;
 mod traces;

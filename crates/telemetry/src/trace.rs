@@ -62,6 +62,12 @@ impl Context {
     /// Reads W3C headers. None if they are malformed: then they count as absent.
     #[must_use]
     pub fn parse(traceparent: &str, tracestate: &str) -> Option<Self> {
+        // The library takes fields of any length, and signs before digits.
+        let lengths = traceparent.trim().split('-').map(str::len).take(4);
+        let is_hex = traceparent.trim().bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+        if !lengths.eq([2, 32, 16, 2]) || !is_hex {
+            return None;
+        }
         let extracted = TraceContextPropagator::new()
             .extract_with_context(&Ambient::new(), &Headers(traceparent, tracestate));
         let span = extracted.span();

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::Path,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -25,6 +26,9 @@ use tonic::{
 };
 
 use crate::checkpoint::uniform;
+
+/// Servers so far: an instance is another one for every start.
+static STARTED: AtomicU32 = AtomicU32::new(0);
 
 /// Nothing here takes a second; a machine may be busy.
 const WATCHDOG: Duration = Duration::from_secs(60);
@@ -58,12 +62,10 @@ impl Server {
         let (end, ended) = oneshot::channel();
         let tasks = Tasks::new();
         let args = args(model, flags);
-        let inner = tasks.clone();
+        let instance = format!("tested-{}", STARTED.fetch_add(1, Relaxed));
+        let inner = Process::quiet(&instance, tasks.clone());
         tasks.spawn("server", async move {
-            let result = expert_svc::run(args, Process::quiet("tested", inner), |address| {
-                ready.send(address).unwrap()
-            })
-            .await;
+            let result = expert_svc::run(args, inner, |address| ready.send(address).unwrap()).await;
             // The test may be over.
             let _unheard = end.send(result);
         });

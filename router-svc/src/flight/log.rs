@@ -30,6 +30,25 @@ impl Kind {
     }
 }
 
+/// Why frames are sent.
+pub(super) struct Purpose {
+    pub(super) kind: Kind,
+    pub(super) cause: Option<String>,
+}
+
+impl Purpose {
+    pub(super) const fn first() -> Self {
+        Self { kind: Kind::First, cause: None }
+    }
+}
+
+pub(super) fn distinct(experts: impl Iterator<Item = ExpertId>) -> Vec<ExpertId> {
+    let mut experts: Vec<ExpertId> = experts.collect();
+    experts.sort_unstable();
+    experts.dedup();
+    experts
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Ending {
     /// Nobody waited for it any more when the layer went on.

@@ -108,6 +108,29 @@ async fn every_process_counts_what_it_did() {
     assert_eq!(of_experts, pairs - probe);
 }
 
+/// The catalogue is what is served, and nothing else is.
+#[tokio::test]
+async fn the_catalogue_is_served() {
+    use telemetry::names::{ALL, On};
+    let cluster = Cluster::builder(&minnow()).all_args(&["--otlp", "http://127.0.0.1:1"]).start().await;
+    complete(&cluster.http(), &[], 2).await.ok();
+    for (member, on) in
+        [(cluster.gateway(), On::Gateway), (&cluster.router, On::Router), (&cluster.experts[0], On::Expert)]
+    {
+        let served: BTreeSet<String> = Scrape::of(member).await.types.into_keys().collect();
+        let stem = |name: &str| name.strip_suffix("_total").unwrap_or(name).to_owned();
+        let of_registry = |name: &str| name.starts_with("shoal_registry");
+        let listed: BTreeSet<String> = ALL
+            .iter()
+            .filter(|metric| metric.on == on || metric.on == On::Every)
+            // An expert server with a static list has no registry.
+            .filter(|metric| !(on == On::Expert && of_registry(metric.name)))
+            .map(|metric| stem(metric.name))
+            .collect();
+        assert_eq!(served, listed, "{on:?}");
+    }
+}
+
 /// minnow's.
 fn top_k() -> f64 {
     let config = std::fs::read(minnow().join("config.json")).expect("minnow has a config");
