@@ -306,7 +306,8 @@ pub(crate) fn read_status(
             })
             .to_vec()
     });
-    let by_server: [(&'static Metric, fn(&v1::ExpertServer) -> f64); 2] = [
+    type ReadServer = fn(&v1::ExpertServer) -> f64;
+    let by_server: [(&'static Metric, ReadServer); 2] = [
         (&names::ROUTER_SERVER_UP, |server| f64::from(u8::from(server.state == "ready"))),
         (&names::ROUTER_SERVER_OWED, |server| server.frames_in_flight as f64),
     ];

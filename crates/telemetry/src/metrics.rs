@@ -4,7 +4,7 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use axum::{Router, http::header, response::IntoResponse as _, routing::get};
@@ -72,7 +72,7 @@ impl Metrics {
     pub fn new(process: &'static str, started: Instant, version: &'static str) -> Self {
         let metrics = Self::default();
         metrics.read(&names::BUILD_INFO, move || vec![(labels(&names::BUILD_INFO, [version, process]), 1.0)]);
-        metrics.read(&names::UPTIME, move || one(since(started).as_secs_f64()));
+        metrics.read(&names::UPTIME, move || one(started.elapsed().as_secs_f64()));
         metrics
     }
 
@@ -188,11 +188,6 @@ impl Collector for Read {
         }
         Ok(())
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "a scrape is an edge")]
-fn since(started: Instant) -> Duration {
-    started.elapsed()
 }
 
 #[cfg(test)]

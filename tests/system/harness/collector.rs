@@ -14,6 +14,7 @@ use opentelemetry_proto::tonic::{
     common::v1::{KeyValue, any_value::Value},
     trace::v1::span::SpanKind,
 };
+use telemetry::Tasks;
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
@@ -61,7 +62,12 @@ impl Collector {
         let server = tonic::transport::Server::builder()
             .add_service(TraceServiceServer::new(spans.clone()).max_decoding_message_size(64 << 20))
             .serve_with_incoming(TcpIncoming::from(listener));
-        tokio::task::spawn(server);
+        // Gone with the test's own runtime.
+        Tasks::new().spawn("collector", async move {
+            if let Err(error) = server.await {
+                panic!("the collector ended: {error}");
+            }
+        });
         Self { address, spans }
     }
 
