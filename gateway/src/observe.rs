@@ -355,6 +355,8 @@ impl Drop for Watch {
         let started = self.started;
         let endpoint = self.endpoint.as_str();
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Of a request that no router took: it ends inside the request's span.
+        drop(state.admit.take());
         let outcome = match (state.outcome, state.ended) {
             (Some(outcome), _) => outcome,
             (None, true) => "ok",

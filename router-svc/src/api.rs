@@ -82,7 +82,7 @@ impl Router for Api {
                 .send(Command::Submit(Box::new(sequence)))
                 .map_err(|_| Status::from(Error::internal("the engine has stopped")))?,
         }
-        let replies = Events { events, ended: false, n_tokens: 0, span, _open: open }
+        let replies = Events { events, n_tokens: 0, span: Some(span), _open: open }
             .flat_map(move |event| stream::iter(replies(event, vocab_size)));
         Ok(Response::new(Box::pin(replies)))
     }
@@ -313,19 +313,24 @@ impl Drop for OpenStream {
 struct Events {
     // Dropped before `_open`: the engine woken by it must see the channel closed.
     events: UnboundedReceiver<Event>,
-    ended: bool,
     n_tokens: i64,
-    /// Ends with the call, or with the caller.
-    span: Span,
+    /// Until the last event is taken: the caller's span, which ends when it has that, is longer.
+    span: Option<Span>,
     _open: OpenStream,
+}
+
+impl Events {
+    fn end(&mut self, say: impl FnOnce(&mut Span)) {
+        if let Some(mut span) = self.span.take() {
+            span.set("gen_ai.usage.output_tokens", self.n_tokens);
+            say(&mut span);
+        }
+    }
 }
 
 impl Drop for Events {
     fn drop(&mut self) {
-        self.span.set("gen_ai.usage.output_tokens", self.n_tokens);
-        if !self.ended {
-            self.span.fail("cancelled", "the caller went away");
-        }
+        self.end(|span| span.fail("cancelled", "the caller went away"));
     }
 }
 
@@ -333,7 +338,7 @@ impl Stream for Events {
     type Item = Event;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        if self.ended {
+        if self.span.is_none() {
             return Poll::Ready(None);
         }
         let event = std::task::ready!(self.events.poll_recv(context));
@@ -348,17 +353,13 @@ impl Stream for Events {
             Event::Token { .. } => self.n_tokens += 1,
             Event::PromptLogits { .. } => {}
             Event::Finished { finish, .. } => {
-                self.ended = true;
                 let reason = match finish {
                     Finish::Stop => "stop",
                     Finish::Length => "length",
                 };
-                self.span.set("gen_ai.response.finish_reasons", reason);
+                self.end(|span| span.set("gen_ai.response.finish_reasons", reason));
             }
-            Event::Failed(error) => {
-                self.ended = true;
-                self.span.fail(&error.reason, &error.message);
-            }
+            Event::Failed(error) => self.end(|span| span.fail(&error.reason, &error.message)),
         }
         Poll::Ready(Some(event))
     }

@@ -16,7 +16,7 @@ use crate::{
         Cluster, Endpoint,
         collector::{Collector, Span, Trace},
         http::Response,
-        within,
+        wait_for, within,
     },
 };
 
@@ -217,6 +217,47 @@ async fn a_killed_server_and_its_replacement_are_in_the_trace() {
         answered && told
     });
     assert!(replaced, "the one that answered, and an event with its cause: {failed:?}");
+}
+
+/// Of a sampled request that does not ask for every step, the slow one is there: that is known only after it.
+#[tokio::test]
+async fn a_slow_step_is_recorded_afterwards() {
+    // What a server may be silent for before it is ejected.
+    const SILENT: Duration = Duration::from_millis(250);
+    let collector = Collector::start().await;
+    let builder = Cluster::builder(&minnow()).experts(2).all_args(&["--otlp", &collector.url()]);
+    let builder = builder.router_args(&["--trace-steps-first", "0", "--trace-step-every", "0"]);
+    let cluster = builder.start().await;
+    let sampled = vec![("traceparent", format!("00-{TRACE}-{CALLER}-01"))];
+    let mut request = body("What is 348 + 277?", 400);
+    request["stream"] = json!(true);
+    let mut events = cluster.http().stream_with(Endpoint::Completions.path(), &sampled, &request).await;
+    for _ in 0..20 {
+        events.next().await.expect("the stream goes on").expect("the stream goes on");
+    }
+    cluster.experts[0].process.freeze();
+    wait_for("an ejection", async || {
+        let log = cluster.router.process.log();
+        if log.contains("expert server is silent: ejected") { Ok(()) } else { Err(log) }
+    })
+    .await;
+    cluster.experts[0].process.thaw();
+    events.rest().await;
+    let trace = collector.complete_trace(TRACE, is_rooted).await;
+    let decoded: Vec<&Span> = trace.named("shoal-router", "decode").collect();
+    let slow = decoded.iter().find(|step| u128::from(step.end - step.start) >= SILENT.as_nanos());
+    let slow =
+        slow.unwrap_or_else(|| panic!("the frozen server's step is not among {} recorded", decoded.len()));
+    assert_eq!(slow.attribute("shoal.slow"), "true");
+    assert!(decoded.len() < 100, "{} steps of 400 were recorded", decoded.len());
+    // Nobody told the server to record it; the router's span has what the server said.
+    let frames: Vec<&Span> = trace.children(slow).flat_map(|layer| trace.children(layer)).collect();
+    assert!(!frames.is_empty() && frames.iter().all(|frame| trace.children(frame).next().is_none()));
+    let answered = frames.iter().filter(|frame| frame.attribute("shoal.outcome") == "answered");
+    assert!(answered.clone().count() > 0);
+    for frame in answered {
+        assert!(frame.attributes.contains_key("shoal.server_compute_us"), "{frame:?}");
+    }
 }
 
 /// B30's sister: with nobody on the collector's port, and with somebody there who never answers.
