@@ -118,15 +118,7 @@ async fn a_replica_takes_over_unnoticed() {
     assert_undisturbed(streams).await;
     let streams = long_streams(&http, 4).await;
     cluster.restart_expert(0).await;
-    wait_for("two holders", async || {
-        let servers = cluster.router_status().await.servers;
-        if servers.iter().all(|server| server.state == "ready") {
-            Ok(())
-        } else {
-            Err(format!("{servers:?}"))
-        }
-    })
-    .await;
+    cluster.servers_ready().await;
     cluster.experts[1].process.freeze();
     assert_undisturbed(streams).await;
     cluster.experts[1].process.thaw();

@@ -193,6 +193,16 @@ impl Cluster {
         }
     }
 
+    /// Waits until the router sends frames to every expert server that it knows.
+    pub(crate) async fn servers_ready(&self) {
+        wait_for("expert servers, all ready", async || {
+            let servers = self.router_status().await.servers;
+            let ready = servers.iter().all(|server| server.state == "ready");
+            if ready { Ok(()) } else { Err(format!("{servers:?}")) }
+        })
+        .await;
+    }
+
     /// Waits until the gateway's `/ready` answers with `status`; gives its body.
     pub(crate) async fn wait_for_ready(&self, status: u16) -> String {
         let http = self.http();

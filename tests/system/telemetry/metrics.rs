@@ -8,7 +8,7 @@ use super::{body, complete};
 use crate::{
     failure::needs_expert_3,
     fixtures::minnow,
-    harness::{Cluster, Endpoint, Http, cluster::Member, wait_for},
+    harness::{Cluster, Endpoint, Http, cluster::Member},
 };
 
 /// One scrape: series → value, and the type of each metric.
@@ -180,15 +180,7 @@ async fn restarts_make_no_series() {
     for _ in 0..20 {
         cluster.experts[0].process.kill();
         cluster.restart_expert(0).await;
-        wait_for("two holders", async || {
-            let servers = cluster.router_status().await.servers;
-            if servers.iter().all(|server| server.state == "ready") {
-                Ok(())
-            } else {
-                Err(format!("{servers:?}"))
-            }
-        })
-        .await;
+        cluster.servers_ready().await;
         complete(&cluster.http(), &[], 2).await.ok();
     }
     assert_eq!(of_servers(&Scrape::of(&cluster.router).await), before);
