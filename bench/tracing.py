@@ -3,9 +3,9 @@
 
     bench/tracing.py target/release/shoal [--rounds 15] [--tokens 400] [--model DIR]
 
-Four clusters of one gateway, one router and two expert servers stand side by side and are asked in turn: without a
-collector; with one, at 1 %; the same, with every step of every request recorded; and with a collector that accepts and
-never answers, full. The collector is this script: it takes OTLP over HTTP and throws it away, on the same cores. Prints the
+Clusters of one gateway, one router and two expert servers stand side by side and are asked in turn: without a collector;
+with one, at 1 %, with all requests, with every step of them; and with a collector that is down or that accepts and never
+answers. The collector is this script: it takes OTLP over HTTP and throws it away, on the same cores. Prints the
 median over the rounds of tokens a second after the first token, its spread, and the ratio to tracing off.
 """
 import argparse, http.client, http.server, json, socket, statistics, subprocess, sys, threading, time
@@ -63,12 +63,16 @@ sink = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sink)
 threading.Thread(target=sink.serve_forever, daemon=True).start()
 collector = f"http://127.0.0.1:{sink.server_port}/v1/traces"
 silent = socket.create_server(("127.0.0.1", 0), backlog=64)
+with socket.create_server(("127.0.0.1", 0)) as closed:
+    nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/v1/traces"
 hanging = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
 full = {"x-shoal-trace": "full"}
 modes = {
     "off": ([], {}),
     "1 %": ([f"--otlp={collector}", "--trace-sample=0.01"], {}),
     "default: all requests, some steps": ([f"--otlp={collector}"], {}),
+    "default, collector down": ([f"--otlp={nobody}"], {}),
+    "default, collector hangs": ([f"--otlp={hanging}"], {}),
     "full": ([f"--otlp={collector}"], full),
     "full, collector hangs": ([f"--otlp={hanging}"], full),
 }

@@ -14,7 +14,7 @@ use tracing::Instrument as _;
 
 use crate::{
     answer::{Delta, Logprob, Usage},
-    http::raw_prompts,
+    http::{REQUEST_ID, REQUEST_ID_BYTES_MAX, raw_prompts},
     observe::{Caller, Endpoint, Watch},
     openai::completions::RawPrompt,
     request::{Ask, Deltas, Options, serve},
@@ -153,9 +153,6 @@ impl Watched {
     }
 }
 
-/// Most of a client's own request id.
-const REQUEST_ID_BYTES_MAX: usize = 128;
-
 impl Door {
     /// Begins a call with `start`, watched to its last message.
     async fn call<R>(
@@ -164,17 +161,10 @@ impl Door {
         request: Request<R>,
         start: impl AsyncFnOnce(&Self, R, String, &Arc<Watch>) -> Result<(String, Deltas), Error>,
     ) -> Result<Call, Status> {
-        let header =
-            |name| request.metadata().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let caller = Caller {
-            traceparent: header("traceparent"),
-            tracestate: header("tracestate"),
-            shoal_trace: header("x-shoal-trace"),
-        };
-        let id = match header("x-request-id") {
-            "" => uuid::Uuid::new_v4().simple().to_string(),
-            given => given.chars().take(REQUEST_ID_BYTES_MAX).collect(),
-        };
+        let header = |name| request.metadata().get(name)?.to_str().ok();
+        let caller = Caller::read(header);
+        let given = header(REQUEST_ID).filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX);
+        let id = given.map_or_else(|| uuid::Uuid::new_v4().simple().to_string(), str::to_owned);
         let watch = Watch::begin(&self.0, endpoint, caller, &id);
         watch.set("rpc.system.name", "grpc");
         let log = watch.log.clone();

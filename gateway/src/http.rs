@@ -35,14 +35,14 @@ use crate::{
     sse,
 };
 
-const REQUEST_ID: &str = "x-request-id";
+pub(crate) const REQUEST_ID: &str = "x-request-id";
 const TRACE_ID: &str = "x-shoal-trace-id";
 /// Where the trace can be looked at.
 const TRACE_URL: &str = "x-shoal-trace-url";
 /// On answers for which experts were left out.
 const DEGRADED: &str = "x-shoal-degraded";
 /// A client's own request id is taken up to this length.
-const REQUEST_ID_BYTES_MAX: usize = 128;
+pub(crate) const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// An error as a response.
 struct Refusal(Error);
@@ -93,11 +93,13 @@ pub(crate) fn router(gateway: Arc<Gateway>) -> Router {
 
 /// Takes the client's request id or makes one, watches the request to its last byte, and says which trace it is in.
 async fn watched(State(gateway): State<Arc<Gateway>>, mut request: Request, next: Next) -> Response {
-    let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES_MAX).cloned();
-    let made = || HeaderValue::from_str(&uuid::Uuid::new_v4().simple().to_string());
-    let Ok(id) = given.map_or_else(made, Ok) else { return next.run(request).await };
+    // One that is too long or no text is replaced: it goes into log lines.
+    let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    let given = given.filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX).map(str::to_owned);
+    let id = given.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
+    let watch = watch(&gateway, &request, &id);
+    let Ok(id) = HeaderValue::from_str(&id) else { return next.run(request).await };
     request.headers_mut().insert(REQUEST_ID, id.clone());
-    let watch = watch(&gateway, &request, id.to_str().unwrap_or_default());
     request.extensions_mut().insert(Arc::clone(&watch));
     let mut response = next.run(request).instrument(watch.log.clone()).await;
     watch.set("http.response.status_code", i64::from(response.status().as_u16()));
@@ -124,12 +126,7 @@ async fn watched(State(gateway): State<Arc<Gateway>>, mut request: Request, next
 /// The watch on a request that has come in.
 fn watch(gateway: &Arc<Gateway>, request: &Request, id: &str) -> Arc<Watch> {
     let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
-    let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let caller = Caller {
-        traceparent: header("traceparent"),
-        tracestate: header("tracestate"),
-        shoal_trace: header("x-shoal-trace"),
-    };
+    let caller = Caller::read(|name| request.headers().get(name)?.to_str().ok());
     let watch = Watch::begin(gateway, Endpoint::of_route(route), caller, id);
     watch.set("http.request.method", request.method().to_string());
     watch.set("http.route", route.to_owned());

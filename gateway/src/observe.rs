@@ -152,6 +152,18 @@ pub(crate) struct Caller<'a> {
     pub(crate) shoal_trace: &'a str,
 }
 
+impl<'a> Caller<'a> {
+    /// From headers or metadata. What is absent, or no text, says nothing.
+    pub(crate) fn read(header: impl Fn(&'static str) -> Option<&'a str>) -> Self {
+        let text = |name| header(name).unwrap_or("");
+        Self {
+            traceparent: text("traceparent"),
+            tracestate: text("tracestate"),
+            shoal_trace: text("x-shoal-trace"),
+        }
+    }
+}
+
 /// One request, from its first byte to its last.
 pub(crate) struct Watch {
     gateway: Arc<Gateway>,

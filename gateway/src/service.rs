@@ -97,8 +97,9 @@ impl Gateway {
     /// Only if the operator asked for it.
     pub(crate) fn log_prompt(&self, prompt: &Prompt) {
         if self.log_prompts {
+            // Of a prompt that came as ids there may be no text.
             let text = match prompt.text.as_str() {
-                "" => self.model.tokenizer().decode(&prompt.ids).unwrap_or_default(),
+                "" => self.model.tokenizer().decode(&prompt.ids).unwrap_or_else(|error| error.to_string()),
                 text => text.to_owned(),
             };
             tracing::info!(tokens = prompt.ids.len(), text, "prompt");

@@ -98,8 +98,8 @@ impl Router for Api {
 impl Api {
     /// The router's span for a call, under the caller's.
     fn span(&self, request: &Request<v1::GenerateRequest>) -> Span {
-        let header =
-            |name| request.metadata().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        // What is absent, or no text, is as if it were malformed: it counts for nothing.
+        let header = |name| request.metadata().get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
         let caller = trace::Context::parse(header("traceparent"), header("tracestate"));
         let context = self.tracer.accept(caller, false);
         let mut span = self.tracer.span(&context, SpanKind::Server, "shoal.v1.Router/Generate");

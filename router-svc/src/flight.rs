@@ -7,6 +7,7 @@
 //! frame still counts. A piece is done when its own reply is home or one of its covers is, whichever comes first; the
 //! other is never looked at. So every pair is combined exactly once, or its row is lost by name.
 
+mod landed;
 pub(crate) mod log;
 mod pieces;
 
@@ -19,13 +20,14 @@ use cluster::{
     Health, RoutingTable,
     health::{Budget, Failure},
 };
-use ids::{ExpertId, FrameId, InstanceId};
+use ids::{FrameId, InstanceId};
 use proto::{
     Code, Error, Frame, Reply,
     frame::{Combine, Computed},
 };
 use telemetry::trace::SpanId;
 
+pub(crate) use self::landed::Landed;
 use self::log::{Attempt, Ejection, Ending, Kind, Log, Purpose, distinct};
 use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State};
 use crate::dispatch::{Activations, Grounds, Part, Slot, pack, plan, plan_for};
@@ -86,32 +88,6 @@ impl Surroundings<'_> {
     fn grounds(&self) -> Grounds<'_> {
         Grounds { table: self.table, health: self.health, now: self.now, salt: self.ids.last }
     }
-}
-
-/// A reply with one summed row for each row of its frame.
-#[derive(Debug)]
-pub(crate) struct Sum {
-    pub(crate) frame_rows: Vec<usize>,
-    pub(crate) values: Vec<f32>,
-}
-
-/// Every row is home or lost. Only [`crate::combine::combine`] takes it.
-#[derive(Debug)]
-#[must_use]
-pub(crate) struct Landed {
-    pub(crate) hidden_size: usize,
-    pub(crate) n_rows: usize,
-    /// In the order the pieces were made.
-    pub(crate) sums: Vec<Sum>,
-    /// By row: one weighted contribution for each of the gate's choices. These rows are not read from `sums`.
-    pub(crate) pairs: BTreeMap<usize, Vec<Vec<f32>>>,
-    /// Rows that could not be computed, with the experts nobody could serve.
-    pub(crate) lost: BTreeMap<usize, Vec<ExpertId>>,
-    /// Which server worked on which rows.
-    pub(crate) served: Vec<(InstanceId, Vec<usize>)>,
-    /// Why the last failed frame failed.
-    pub(crate) last_failure: Option<Error>,
-    pub(crate) log: Log,
 }
 
 #[derive(Debug)]
@@ -322,8 +298,10 @@ impl Flight {
         let purpose = Purpose { kind: Kind::Failover, cause: Some(format!("{holder} is ejected: silent")) };
         let mut orders = Vec::new();
         for idx in waiting {
-            let more = self.hedge(idx, &purpose, |health| &mut health.failovers, around);
-            orders.extend(more.unwrap_or_default());
+            // Where nobody else can, or the budget is spent, its own answer is waited for.
+            if let Ok(more) = self.hedge(idx, &purpose, |health| &mut health.failovers, around) {
+                orders.extend(more);
+            }
         }
         orders
     }
@@ -499,58 +477,6 @@ impl Flight {
     ) -> Vec<PieceIdx> {
         let as_pairs = self.pieces[idx].as_pairs;
         parts.into_iter().map(|part| self.send(part, as_pairs, Some(idx), purpose, around, orders)).collect()
-    }
-
-    /// Ends the flight. Whatever is still outstanding counts as lost.
-    pub(crate) fn land(mut self) -> Landed {
-        let (top_k, hidden_size) = (self.activations.top_k(), self.activations.hidden_size);
-        let mut landed = Landed {
-            hidden_size,
-            n_rows: self.activations.n_rows(),
-            sums: Vec::new(),
-            pairs: BTreeMap::new(),
-            lost: BTreeMap::new(),
-            served: Vec::new(),
-            last_failure: self.last_failure.take(),
-            log: std::mem::take(&mut self.log),
-        };
-        let mut pairs: BTreeMap<Slot, Vec<f32>> = BTreeMap::new();
-        let mut lost: BTreeSet<Slot> = BTreeSet::new();
-        let mut left = std::mem::take(&mut self.roots);
-        left.reverse();
-        while let Some(idx) = left.pop() {
-            if !matches!(self.pieces[idx].state, State::Home { .. }) {
-                match self.pieces.best_cover(idx) {
-                    Some(cover) => left.extend(cover.iter().rev()),
-                    None => lost.extend(&self.pieces[idx].slots),
-                }
-                continue;
-            }
-            let piece = &mut self.pieces[idx];
-            let State::Home { holder, frame_rows, values } =
-                std::mem::replace(&mut piece.state, State::Failed)
-            else {
-                continue;
-            };
-            landed.served.push((holder, frame_rows.clone()));
-            if piece.as_pairs {
-                let contributions = values.chunks_exact(hidden_size).map(<[f32]>::to_vec);
-                pairs.extend(piece.slots.iter().copied().zip(contributions));
-            } else {
-                landed.sums.push(Sum { frame_rows, values });
-            }
-        }
-        for slot in lost {
-            landed.lost.entry(slot.row(top_k)).or_default().push(self.activations.expert(slot));
-        }
-        for (slot, contribution) in pairs {
-            let row = slot.row(top_k);
-            if !landed.lost.contains_key(&row) {
-                landed.pairs.entry(row).or_default().push(contribution);
-            }
-        }
-        debug_assert!(landed.pairs.values().all(|contributions| contributions.len() == top_k));
-        landed
     }
 
     pub(crate) fn activations(&self) -> &Activations {

@@ -232,10 +232,9 @@ impl Writer<'_> {
                 .with("shoal.wait_us", micros(dispatch.landed - dispatch.shared))
                 .with("shoal.combine_us", micros(layer.ended - dispatch.landed));
             for attempt in dispatch.log.attempts.iter().filter(|attempt| touches(attempt, &part.rows)) {
-                if attempt.kind != Kind::First {
-                    let cause = attempt.cause.clone().unwrap_or_default();
+                if let Some(cause) = &attempt.cause {
                     let attributes = vec![
-                        KeyValue::new("shoal.cause", cause),
+                        KeyValue::new("shoal.cause", cause.clone()),
                         KeyValue::new("shoal.server", attempt.holder.to_string()),
                     ];
                     span = span.with_event(attempt.kind.as_str(), self.time(attempt.sent_at), attributes);

@@ -104,17 +104,16 @@ pub(crate) fn start(
     version: &'static str,
     metrics: &Metrics,
 ) -> Result<(Tracer, Option<Arc<Exporter>>), BadOptions> {
-    let asked = options.endpoint.is_some()
-        || ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
-            .into_iter()
-            .any(|name| variable(name).is_some());
+    let endpoint = options
+        .endpoint
+        .clone()
+        .or_else(|| variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+        .or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
     let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
         || variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value == "none");
-    if !asked || disabled {
-        return Ok((Tracer::off(), None));
-    }
+    let Some(endpoint) = endpoint.filter(|_| !disabled) else { return Ok((Tracer::off(), None)) };
     let fate = Arc::new(Fate::default());
-    let counted = Counted { exporter: exporter(options)?, fate: Arc::clone(&fate) };
+    let counted = Counted { exporter: exporter(options, &endpoint)?, fate: Arc::clone(&fate) };
     let mut batches = BatchConfigBuilder::default();
     if variable("OTEL_BSP_MAX_QUEUE_SIZE").is_none() {
         batches = batches.with_max_queue_size(QUEUE_SPANS_MAX);
@@ -133,8 +132,9 @@ pub(crate) fn start(
     Ok((Tracer::to(Arc::clone(&exporter)), Some(exporter)))
 }
 
-fn exporter(options: &Options) -> Result<SpanExporter, BadOptions> {
-    let endpoint = options.endpoint.as_deref();
+/// `endpoint` is the flag's or a variable's; of the latter the library makes the URL itself.
+fn exporter(options: &Options, endpoint: &str) -> Result<SpanExporter, BadOptions> {
+    let flag = options.endpoint.as_deref();
     let protocol = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"]
         .into_iter()
         .find_map(|name| variable(name).map(|value| (name, value)));
@@ -145,12 +145,7 @@ fn exporter(options: &Options) -> Result<SpanExporter, BadOptions> {
             return Err(BadOptions::Value { name, value, wanted: "grpc or http/protobuf" });
         }
         // The ports are assigned.
-        None => {
-            let variable = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-                .or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
-            let endpoint = endpoint.map(str::to_owned).or(variable).unwrap_or_default();
-            endpoint.contains(":4318") || endpoint.ends_with("/v1/traces")
-        }
+        None => endpoint.contains(":4318") || endpoint.ends_with("/v1/traces"),
     };
     let built = if http {
         let client = OnRuntime {
@@ -159,21 +154,18 @@ fn exporter(options: &Options) -> Result<SpanExporter, BadOptions> {
         };
         let builder =
             SpanExporter::builder().with_http().with_protocol(Protocol::HttpBinary).with_http_client(client);
-        match endpoint {
+        match flag {
             Some(endpoint) => builder.with_endpoint(traces_url(endpoint)).build(),
             None => builder.build(),
         }
     } else {
         let builder = SpanExporter::builder().with_tonic();
-        match endpoint {
+        match flag {
             Some(endpoint) => builder.with_endpoint(endpoint).build(),
             None => builder.build(),
         }
     };
-    built.map_err(|source| BadOptions::Exporter {
-        endpoint: endpoint.unwrap_or("OTEL_EXPORTER_OTLP_ENDPOINT").to_owned(),
-        source,
-    })
+    built.map_err(|source| BadOptions::Exporter { endpoint: endpoint.to_owned(), source })
 }
 
 /// An endpoint without a path is the collector's, to which the signal's path is added.

@@ -74,7 +74,7 @@ pub(crate) struct Attempt {
     pub(crate) span_id: SpanId,
     pub(crate) holder: InstanceId,
     pub(crate) kind: Kind,
-    /// Why it is not the first.
+    /// Why it was sent; the first ones need no reason.
     pub(crate) cause: Option<String>,
     /// Rows of the batch, ascending.
     pub(crate) rows: Vec<usize>,
