@@ -6,6 +6,7 @@
 //! only module with `unsafe`, for the calls into code that needs a detected instruction set.
 
 mod generic;
+pub(crate) mod packed;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -42,6 +43,7 @@ pub enum Isa {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// With VNNI, BW and VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
 }
@@ -52,7 +54,11 @@ impl Isa {
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            if std::arch::is_x86_feature_detected!("avx512f") {
+            if std::arch::is_x86_feature_detected!("avx512f")
+                && std::arch::is_x86_feature_detected!("avx512bw")
+                && std::arch::is_x86_feature_detected!("avx512vl")
+                && std::arch::is_x86_feature_detected!("avx512vnni")
+            {
                 return Self::Avx512;
             }
             if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {

@@ -1,4 +1,4 @@
-use ids::{Epoch, RowIndex, WeightsHash};
+use ids::{Epoch, ExpertId, RowIndex, WeightsHash};
 use proto::{
     frame::Grid,
     rows::{Dtype, Rows},

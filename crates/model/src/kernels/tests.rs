@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Every instruction set that this machine can run.
-fn all() -> Vec<Isa> {
+pub(super) fn all() -> Vec<Isa> {
     #[cfg(target_arch = "x86_64")]
     match Isa::detect() {
         Isa::Avx512 => return vec![Isa::Baseline, Isa::Avx2, Isa::Avx512],
@@ -13,7 +13,7 @@ fn all() -> Vec<Isa> {
     vec![Isa::Baseline]
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 

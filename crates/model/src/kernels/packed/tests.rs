@@ -1,0 +1,120 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::kernels::tests::{all, bits as of};
+
+fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
+    let mut packed = vec![0; bits.matrix_bytes(w.len() / width, width)];
+    pack(bits, w, width, &mut packed);
+    packed
+}
+
+fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<f32> {
+    let panels = packed.len() / bits.panel_bytes(width);
+    let mut y = vec![0.0; x.n_rows() * panels * OUTPUTS];
+    for at in 0..panels {
+        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), |row, sums| {
+            y[(row * panels + at) * OUTPUTS..][..OUTPUTS].copy_from_slice(sums);
+        });
+    }
+    y
+}
+
+proptest! {
+    #[test]
+    fn products_have_the_same_bits_everywhere_and_alone(
+        (width, x, w) in (1_usize..100, 1_usize..10, 1_usize..40).prop_flat_map(|(width, rows, outputs)| {
+            let values = |n: usize| proptest::collection::vec(-8.0_f32..8.0, n * width);
+            (Just(width), values(rows), values(outputs))
+        })
+    ) {
+        let rows = Rows::quantize(&x, width);
+        for bits in [Bits::Eight, Bits::Four] {
+            let packed = packed(bits, &w, width);
+            let wanted = products(Isa::Baseline, bits, &rows, &packed, width);
+            for isa in all() {
+                prop_assert_eq!(of(&products(isa, bits, &rows, &packed, width)), of(&wanted), "{:?} {:?}", isa, bits);
+            }
+            let n = wanted.len() / rows.n_rows();
+            for (row, x) in x.chunks_exact(width).enumerate() {
+                let alone = products(Isa::detect(), bits, &Rows::quantize(x, width), &packed, width);
+                prop_assert_eq!(of(&alone), of(&wanted[row * n..][..n]));
+            }
+        }
+    }
+
+    /// What a packed matrix reads back as is within half a step of what it was, and its products are those of the
+    /// numbers that it reads back as.
+    #[test]
+    fn a_packed_matrix_is_within_half_a_step(w in proptest::collection::vec(-8.0_f32..8.0, 20 * 45)) {
+        const WIDTH: usize = 45;
+        for (bits, steps) in [(Bits::Eight, 127.0), (Bits::Four, 8.0)] {
+            let packed = packed(bits, &w, WIDTH);
+            for output in 0..20 {
+                let mut read = Vec::new();
+                unpack_row(bits, &packed, WIDTH, output, &mut read);
+                for (read, w) in read.chunks(BLOCK).zip(w[output * WIDTH..][..WIDTH].chunks(BLOCK)) {
+                    let largest = w.iter().fold(0.0_f32, |largest, w| largest.max(w.abs()));
+                    for (read, w) in read.iter().zip(w) {
+                        // Half a step; a whole one for the largest of the other sign, which has no number of its own.
+                        // bf16 rounds the step by 1/256 at most.
+                        let half = if bits == Bits::Four && w.abs() > largest * 0.93 { 1.0 } else { 0.5 };
+                        prop_assert!((read - w).abs() <= largest / steps * (half + 0.04) + largest / 200.0,
+                            "{bits:?}: {w} reads {read}, the largest is {largest}");
+                    }
+                }
+                let mut unit = [0.0; WIDTH];
+                unit[output] = 127.0;
+                let product = products(Isa::detect(), bits, &Rows::quantize(&unit, WIDTH), &packed, WIDTH);
+                prop_assert!((product[output] / 127.0 - read[output]).abs() <= read[output].abs() * 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_extremes_do_not_overflow() {
+    const WIDTH: usize = 64;
+    for bits in [Bits::Eight, Bits::Four] {
+        for (x, w) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
+            let packed = packed(bits, &[w; 16 * WIDTH], WIDTH);
+            let rows = Rows::quantize(&[x; WIDTH], WIDTH);
+            for isa in all() {
+                for y in products(isa, bits, &rows, &packed, WIDTH) {
+                    let wanted = x * w * WIDTH as f32;
+                    assert!(
+                        (y - wanted).abs() < 0.005 * wanted.abs(),
+                        "{isa:?} {bits:?}: {y}, wanted {wanted}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for bits in [Bits::Eight, Bits::Four] {
+            let (mut x, mut w) = ([1.0; 40], [1.0; 40]);
+            x[33] = bad;
+            let product =
+                |x: &[f32], w: &[f32]| matmul(bits, &Rows::quantize(x, 40), &packed(bits, w, 40), 40, 1)[0];
+            assert!(!product(&x, &w).is_finite(), "{bad} in a row, {bits:?}");
+            x[33] = 1.0;
+            w[33] = bad;
+            assert!(!product(&x, &w).is_finite(), "{bad} in a matrix, {bits:?}");
+        }
+    }
+}
+
+/// Numbers too small for their inverse to be one, and zeros.
+#[test]
+fn the_smallest_numbers_are_small() {
+    for tiny in [0.0, 1e-45, 1e-39, f32::MIN_POSITIVE] {
+        for bits in [Bits::Eight, Bits::Four] {
+            let y = matmul(bits, &Rows::quantize(&[tiny; 32], 32), &packed(bits, &[tiny; 32], 32), 32, 1);
+            assert!(y[0].abs() < 1e-30, "{tiny}, {bits:?}: {y:?}");
+        }
+    }
+}
