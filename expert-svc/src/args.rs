@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use cluster::Registry;
+use model::Weights;
 
 use crate::{
     memory,
@@ -15,6 +16,15 @@ pub struct Args {
     /// Checkpoint: a Hugging Face folder with config.json and safetensors files
     #[arg(long, env = "SHOAL_MODEL", value_name = "DIR")]
     pub model: PathBuf,
+
+    /// How matrices are kept in memory: bf16 as the checkpoint has them, q8 or q4 quantized to int8 or int4 in blocks of
+    /// 32 (not: embedding, gate, norms; the head has int8 at least)
+    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "bf16|q8|q4", default_value = "bf16")]
+    pub weights: Weights,
+
+    /// Where quantized weights are kept: the next start maps them instead of making them [default: nowhere]
+    #[arg(long, env = "SHOAL_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
 
     /// Address to serve on; port 0 takes a free one
     #[arg(long, env = "SHOAL_LISTEN", value_name = "HOST:PORT", default_value = "127.0.0.1:0")]

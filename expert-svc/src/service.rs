@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,6 +10,7 @@ use std::{
 use anyhow::Context as _;
 use cluster::Session;
 use ids::InstanceId;
+use model::Checkpoint;
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
@@ -60,16 +61,20 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let address = listener.local_addr().context("cannot read the address listened on")?;
     let advertised = args.advertised(address).map_err(anyhow::Error::msg)?;
     let memory_bytes_max = memory_bytes_max(&args)?;
-    let model = args.model.clone();
-    let shard = tokio::task::spawn_blocking(move || open(model, &selection, memory_bytes_max))
-        .await
-        .context("opening the checkpoint panicked")??;
+    let (model, weights, cache_dir) = (args.model.clone(), args.weights, args.cache_dir.clone());
+    let open_it = move || {
+        let checkpoint = Checkpoint::open(&model)
+            .with_context(|| format!("cannot open the checkpoint {}", model.display()))?;
+        open(checkpoint.with_weights(weights, cache_dir), &model, &selection, memory_bytes_max)
+    };
+    let shard = tokio::task::spawn_blocking(open_it).await.context("opening the checkpoint panicked")??;
     let shard = Arc::new(shard);
 
     let threads = match args.threads {
         Some(threads) => threads.get(),
         None => std::thread::available_parallelism().context("cannot count the cores; give --threads")?.get(),
     };
+    model::set_threads(threads).context("cannot set the number of compute threads")?;
     let compute = Arc::clone(&shard);
     let delay = args.chaos_delay;
     let compute = move |frame: &_| {
@@ -135,9 +140,12 @@ fn memory_bytes_max(args: &Args) -> anyhow::Result<u64> {
 }
 
 /// Reads what the checkpoint says of itself and loads nothing yet.
-fn open(model: PathBuf, selection: &Selection, memory_bytes_max: u64) -> anyhow::Result<Shard> {
-    let checkpoint = model::Checkpoint::open(&model)
-        .with_context(|| format!("cannot open the checkpoint {}", model.display()))?;
+fn open(
+    checkpoint: Checkpoint,
+    model: &Path,
+    selection: &Selection,
+    memory_bytes_max: u64,
+) -> anyhow::Result<Shard> {
     let config = checkpoint.config();
     let n_experts = u32::try_from(config.n_routed_experts).context("n_routed_experts is beyond 32 bits")?;
     if n_experts == 0 || config.moe_layers().next().is_none() {

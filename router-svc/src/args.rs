@@ -4,7 +4,7 @@ use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
 use cluster::{Registry, health};
-use model::{ModelConfig, Pages};
+use model::{ModelConfig, Pages, Weights};
 use proto::rows::Dtype;
 
 /// How the contributions of a row's experts are summed.
@@ -49,6 +49,13 @@ pub struct Args {
     /// Checkpoint folder in Hugging Face layout
     #[arg(long, env = "SHOAL_MODEL", value_name = "DIR")]
     pub model: PathBuf,
+    /// How matrices are kept in memory: bf16 as the checkpoint has them, q8 or q4 quantized to int8 or int4 in blocks of
+    /// 32 (not: embedding, gate, norms; the head has int8 at least)
+    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "bf16|q8|q4", default_value = "bf16")]
+    pub weights: Weights,
+    /// Where quantized weights are kept: the next start maps them instead of making them [default: nowhere]
+    #[arg(long, env = "SHOAL_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
     /// Address to listen on; port 0 takes a free one
     #[arg(long, env = "SHOAL_LISTEN", default_value = "127.0.0.1:0", value_name = "HOST:PORT")]
     pub listen: SocketAddr,

@@ -39,9 +39,9 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("the listening socket has no address")?;
 
-    let path = args.model.clone();
+    let (path, weights, cache_dir) = (args.model.clone(), args.weights, args.cache_dir.clone());
     let (checkpoint, backbone) = tokio::task::spawn_blocking(move || -> Result<_, model::Error> {
-        let checkpoint = Checkpoint::open(&path)?;
+        let checkpoint = Checkpoint::open(&path)?.with_weights(weights, cache_dir);
         let backbone = Backbone::load(&checkpoint)?;
         Ok((checkpoint, backbone))
     })

@@ -19,6 +19,7 @@ use tonic::transport::Channel;
 use crate::{
     checkpoint_dir,
     cluster::{Cluster, LOCAL, Plan, Where, channel},
+    process::WeightsArgs,
 };
 
 /// Ask a question, or talk: with a running gateway, or with a cluster started for the time of the chat.
@@ -41,6 +42,8 @@ pub(crate) struct Args {
     /// Expert servers of the cluster to start
     #[arg(long, default_value = "2", value_name = "N", conflicts_with = "url")]
     experts: NonZeroUsize,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Most tokens of an answer [default: as many as the context takes]
     #[arg(long, value_name = "TOKENS")]
     max_tokens: Option<u32>,
@@ -93,6 +96,7 @@ async fn start(args: &Args) -> anyhow::Result<Cluster> {
         quiet: true,
         log_args: vec!["--log-filter=warn".to_owned()],
         expert_args: Vec::new(),
+        weights_args: args.weights.to_args(),
         trace_args: Vec::new(),
     };
     // Draws only on a terminal, on stderr.

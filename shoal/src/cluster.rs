@@ -27,6 +27,8 @@ pub(crate) struct Plan {
     pub(crate) log_args: Vec<String>,
     /// By expert server; fewer lists than servers leave the others without.
     pub(crate) expert_args: Vec<Vec<String>>,
+    /// For every router and expert server.
+    pub(crate) weights_args: Vec<String>,
     /// For every service.
     pub(crate) trace_args: Vec<String>,
 }
@@ -79,6 +81,7 @@ impl Cluster {
                 plan.log_args.clone(),
                 vec![service.to_owned(), "--model".to_owned(), plan.model.display().to_string()],
                 plan.trace_args.clone(),
+                if service == "gateway" { Vec::new() } else { plan.weights_args.clone() },
                 args,
             ]
             .concat(),

@@ -3,6 +3,7 @@
 mod chat;
 mod checkpoint_dir;
 mod cluster;
+mod convert;
 mod etcd;
 mod inspect;
 mod logits;
@@ -38,6 +39,8 @@ Examples:
   shoal chat \"What is 348 + 277?\"          ask the bundled model, over two expert processes
   shoal up --model DIR --experts 4         a whole cluster on this machine, API on port 8000
   shoal up --etcd --experts 4 --replicas 2 every expert on two servers, placed by the routers' leader
+  shoal convert DIR --weights q8 --cache-dir CACHE
+                                           quantize ahead; then up --weights q8 --cache-dir CACHE
   shoal inspect DIR                        what a checkpoint holds
   shoal expert --model DIR --shard 1/4     one expert server, for a cluster over machines";
 
@@ -55,6 +58,8 @@ enum Command {
     Expert(Service<expert_svc::Args>),
     /// Print what a checkpoint holds, without loading weights
     Inspect(inspect::Args),
+    /// Quantize a checkpoint's weights ahead of the first start
+    Convert(convert::Args),
     /// Compute logits and greedy tokens of given prompts through real processes
     Logits(logits::Args),
     /// Answer cases of golden text: tokenizer, detokenizer, chat template
@@ -112,6 +117,7 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
             bench::chaos::run(args, program, model).await
         }),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Text(args) => text::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "shoal", &mut io::stdout());

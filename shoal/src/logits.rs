@@ -13,7 +13,10 @@ use proto::{
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use tonic::transport::Channel;
 
-use crate::cluster::{Cluster, Plan, Where, router_client};
+use crate::{
+    cluster::{Cluster, Plan, Where, router_client},
+    process::WeightsArgs,
+};
 
 /// Compute logits and greedy tokens of given prompts through real processes.
 ///
@@ -51,6 +54,8 @@ pub(crate) struct Args {
     /// How activations travel
     #[arg(long)]
     wire: Option<router_svc::Wire>,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// One prompt after the other instead of all together
     #[arg(long)]
     one_by_one: bool,
@@ -108,6 +113,7 @@ fn plan(args: &Args) -> anyhow::Result<Plan> {
         quiet: true,
         log_args: vec!["--log-filter=warn".to_owned()],
         expert_args: Vec::new(),
+        weights_args: args.weights.to_args(),
         trace_args: Vec::new(),
     })
 }

@@ -5,11 +5,13 @@ use std::{
     future::Future,
     io::{self, Read as _, Write as _},
     net::SocketAddr,
+    path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
 
 use anyhow::Context as _;
+use model::Weights;
 use serde_json::json;
 use telemetry::{Options, Tasks, log};
 use tokio::runtime::{Builder, Runtime};
@@ -64,6 +66,25 @@ impl LogArgs {
             .into_iter()
             .chain(self.log_filter.iter().map(|filter| format!("--log-filter={filter}")))
             .collect()
+    }
+}
+
+/// How the services keep the model's weights.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct WeightsArgs {
+    /// How matrices are kept in memory: as the checkpoint has them, or quantized to int8 or int4
+    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "bf16|q8|q4", default_value = "bf16")]
+    pub(crate) weights: Weights,
+    /// Where quantized weights are kept: the next start maps them instead of making them [default: nowhere]
+    #[arg(long, env = "SHOAL_CACHE_DIR", value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+}
+
+impl WeightsArgs {
+    /// For a router or an expert server.
+    pub(crate) fn to_args(&self) -> Vec<String> {
+        let dir = self.cache_dir.iter().map(|dir| format!("--cache-dir={}", dir.display()));
+        dir.chain([format!("--weights={}", self.weights.name())]).collect()
     }
 }
 

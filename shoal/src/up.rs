@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::{
     checkpoint_dir,
     cluster::{Cluster, Plan, Where},
-    process::{LogArgs, TraceArgs},
+    process::{LogArgs, TraceArgs, WeightsArgs},
     table,
 };
 
@@ -49,6 +49,8 @@ pub(crate) struct Args {
     /// prints where the answer's is
     #[arg(long, env = "SHOAL_JAEGER", value_name = "URL")]
     jaeger: Option<String>,
+    #[command(flatten)]
+    weights: WeightsArgs,
     #[command(flatten)]
     traces: TraceArgs,
     #[command(flatten)]
@@ -119,6 +121,7 @@ pub(crate) async fn run(mut args: Args, log: &LogArgs) -> anyhow::Result<ExitCod
         gateway: Some((args.listen, args.pass.gateway.into_iter().chain(trace_url).collect())),
         quiet: false,
         log_args: log.to_args(),
+        weights_args: args.weights.to_args(),
         trace_args: args.traces.to_args(),
     };
     let stop = telemetry::tasks::stop_signal();

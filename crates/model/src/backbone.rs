@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use ids::LayerId;
 
-use crate::{Checkpoint, Error, Layer, ModelConfig, kernels::rms_norm, rope::Rotary, storage::Linear};
+use crate::{
+    Bits, Checkpoint, Error, Layer, ModelConfig, Weights, kernels::rms_norm, rope::Rotary, storage::Linear,
+};
 
 pub struct Backbone {
     config: ModelConfig,
@@ -39,10 +41,14 @@ impl Backbone {
             .map(|layer| Layer::load(checkpoint, LayerId(layer), Arc::clone(&rotary)))
             .collect::<Result<_, _>>()?;
         Ok(Self {
-            embed_tokens: checkpoint.linear(EMBED_TOKENS, shape)?,
+            embed_tokens: checkpoint.stored(EMBED_TOKENS, shape)?,
             layers,
             norm: checkpoint.vector("model.norm.weight", config.hidden_size)?,
-            lm_head: checkpoint.linear(head, shape)?,
+            lm_head: match checkpoint.weights() {
+                Weights::Stored => checkpoint.stored(head, shape)?,
+                // What every answer goes through is worth its bytes.
+                Weights::Quantized(_) => checkpoint.quantized(head, shape, Bits::Eight)?,
+            },
             config,
         })
     }

@@ -3,6 +3,7 @@
 
 mod digest;
 mod header;
+pub(crate) mod packed;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,6 +16,8 @@ use memmap2::{Mmap, MmapOptions};
 
 use crate::{
     Error, ModelConfig,
+    checkpoint::packed::{Shape, Weights},
+    kernels::packed::Bits,
     storage::{Dtype, Linear, Stored},
 };
 
@@ -44,6 +47,9 @@ pub struct Checkpoint {
     /// Tensors in files that are not here, with the file's name.
     absent: BTreeMap<String, String>,
     fingerprint: String,
+    weights: Weights,
+    /// Where quantized matrices are kept from one start to the next.
+    cache_dir: Option<PathBuf>,
 }
 
 /// Mapped bytes of some tensors.
@@ -102,7 +108,18 @@ impl Checkpoint {
             )));
         }
         let fingerprint = fingerprint(dir, tensors.keys().chain(absent.keys()).collect())?;
-        Ok(Self { config, files, tensors, absent, fingerprint })
+        Ok(Self { config, files, tensors, absent, fingerprint, weights: Weights::Stored, cache_dir: None })
+    }
+
+    /// Its matrices are quantized when they are loaded, or mapped from `cache_dir`, where they are written first.
+    #[must_use]
+    pub fn with_weights(self, weights: Weights, cache_dir: Option<PathBuf>) -> Self {
+        Self { weights, cache_dir, ..self }
+    }
+
+    #[must_use]
+    pub const fn weights(&self) -> Weights {
+        self.weights
     }
 
     #[must_use]
@@ -188,8 +205,29 @@ impl Checkpoint {
         Ok(mapped)
     }
 
-    /// One matrix `[outputs, width]`.
+    /// One matrix `[outputs, width]` as weights are kept.
     pub(crate) fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear, Error> {
+        match self.weights {
+            Weights::Stored => self.stored(name, shape),
+            Weights::Quantized(bits) => self.quantized(name, shape, bits),
+        }
+    }
+
+    /// One matrix `[outputs, width]` with that many bits.
+    pub(crate) fn quantized(
+        &self,
+        name: &str,
+        [outputs, width]: [usize; 2],
+        bits: Bits,
+    ) -> Result<Linear, Error> {
+        let tensors = [(name.to_owned(), vec![outputs, width])];
+        let row = |mapped: &Mapped, _, row, out: &mut Vec<f32>| mapped.extend_row(name, width, row, out);
+        let mut unit = self.packed(name, bits, &tensors, &[Shape { outputs, width }], row)?;
+        unit.matrices.pop().ok_or_else(|| Error::new(format!("tensor {name} is missing")))
+    }
+
+    /// One matrix `[outputs, width]` as the file has it.
+    pub(crate) fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Linear, Error> {
         let mapped = self.map(&[(name.to_owned(), shape.to_vec())])?;
         mapped.linear(name, shape[1])
     }
@@ -215,6 +253,28 @@ impl Mapped {
     pub(crate) fn linear(&self, name: &str, width: usize) -> Result<Linear, Error> {
         let stored = self.tensors.get(name).ok_or_else(|| Error::new(format!("tensor {name} is missing")))?;
         Ok(Linear::new(stored.clone(), width))
+    }
+
+    /// Appends one number of a matrix as f32; nothing if it is not mapped.
+    pub(crate) fn extend_number(
+        &self,
+        name: &str,
+        width: usize,
+        row: usize,
+        column: usize,
+        out: &mut Vec<f32>,
+    ) {
+        if let Some(stored) = self.tensors.get(name) {
+            let at = row * width + column;
+            stored.extend(at..at + 1, out);
+        }
+    }
+
+    /// Appends one row of a matrix as f32; nothing if it is not mapped.
+    pub(crate) fn extend_row(&self, name: &str, width: usize, row: usize, out: &mut Vec<f32>) {
+        if let Some(stored) = self.tensors.get(name) {
+            stored.extend(row * width..(row + 1) * width, out);
+        }
     }
 
     /// Bytes of the tensors themselves.

@@ -1,16 +1,17 @@
 //! One expert FFN over a group of rows, and the set of experts a process holds.
 
-use std::{collections::HashMap, fs};
+use std::{collections::HashMap, fs, ops::Range, sync::Arc};
 
 use ids::{ExpertId, LayerId, WeightsHash};
 use rayon::prelude::*;
 
-use crate::{Checkpoint, Error, Mlp, ModelConfig, checkpoint::Mapped};
+use crate::{Bits, Checkpoint, Error, Mlp, ModelConfig, Weights, checkpoint::Mapped};
 
 /// The routed experts that one process holds; maps only their bytes.
 #[derive(Default)]
 pub struct Experts {
-    experts: HashMap<(LayerId, ExpertId), Expert>,
+    experts: HashMap<(LayerId, ExpertId), Arc<Expert>>,
+    bytes: u64,
     mapped: Mapped,
 }
 
@@ -46,6 +47,9 @@ impl Experts {
     ) -> Result<Self, Error> {
         let config = checkpoint.config();
         let (hidden_size, width) = (config.hidden_size, config.moe_intermediate_size);
+        if let Weights::Quantized(bits) = checkpoint.weights() {
+            return Self::quantize_after(before, checkpoint, held, bits, go_on);
+        }
         let names: Vec<_> = held.iter().flat_map(|&pair| tensors(config, pair)).collect();
         let mapped = checkpoint.map(&names)?;
         let experts = held
@@ -57,10 +61,35 @@ impl Experts {
                     None => return Err(Error::new("loading was stopped".to_owned())),
                 };
                 let mlp = Mlp::from_mapped(&mapped, &prefix(layer, expert), hidden_size, width)?;
-                Ok(((layer, expert), Expert { mlp, weights }))
+                Ok(((layer, expert), Arc::new(Expert { mlp, weights })))
             })
             .collect::<Result<_, Error>>()?;
-        Ok(Self { experts, mapped })
+        Ok(Self { experts, bytes: mapped.tensor_bytes(), mapped })
+    }
+
+    /// One expert after the other, each on all threads: no more of the checkpoint is in memory than one.
+    fn quantize_after(
+        before: &Self,
+        checkpoint: &Checkpoint,
+        held: &[(LayerId, ExpertId)],
+        bits: Bits,
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, Error> {
+        let width = checkpoint.config().moe_intermediate_size;
+        let mut loaded = Self::default();
+        for &(layer, expert) in held {
+            let kept = match before.experts.get(&(layer, expert)) {
+                Some(kept) => Arc::clone(kept),
+                None if go_on() => {
+                    let (mlp, weights) = Mlp::quantized(checkpoint, &prefix(layer, expert), width, bits)?;
+                    Arc::new(Expert { mlp, weights })
+                }
+                None => return Err(Error::new("loading was stopped".to_owned())),
+            };
+            loaded.experts.insert((layer, expert), kept);
+        }
+        loaded.bytes = Self::bytes_of(checkpoint, held.iter().copied())?;
+        Ok(loaded)
     }
 
     /// [`Experts::shard_bytes`] of experts that are not loaded.
@@ -69,7 +98,17 @@ impl Experts {
         experts: impl IntoIterator<Item = (LayerId, ExpertId)>,
     ) -> Result<u64, Error> {
         let config = checkpoint.config();
-        experts.into_iter().map(|pair| checkpoint.bytes_of(&tensors(config, pair))).sum()
+        let bytes = |pair| {
+            let tensors = tensors(config, pair);
+            match checkpoint.weights() {
+                Weights::Stored => checkpoint.bytes_of(&tensors),
+                Weights::Quantized(bits) => {
+                    checkpoint.bytes_of(&tensors)?;
+                    Ok(Checkpoint::packed_bytes(bits, &Mlp::shapes(&tensors)))
+                }
+            }
+        };
+        experts.into_iter().map(bytes).sum()
     }
 
     /// XXH3-64 over an expert's tensors as they are stored: gate_proj, up_proj, down_proj, each with whatever scales it
@@ -81,26 +120,32 @@ impl Experts {
 
     #[must_use]
     pub fn get(&self, layer: LayerId, expert: ExpertId) -> Option<&Expert> {
-        self.experts.get(&(layer, expert))
+        self.experts.get(&(layer, expert)).map(Arc::as_ref)
     }
 
     /// Bytes of the tensors held.
     #[must_use]
     pub fn shard_bytes(&self) -> u64 {
-        self.mapped.tensor_bytes()
+        self.bytes
     }
 
-    /// Bytes mapped for them: the tensors and the gaps of less than a page between them.
+    /// Bytes mapped for them: the tensors and the gaps of less than a page between them, or what they were packed to.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {
-        self.mapped.addresses().map(|range| range.len() as u64).sum()
+        self.addresses().map(|range| range.len() as u64).sum()
+    }
+
+    /// Where in memory they are.
+    fn addresses(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let packed = self.experts.values().filter_map(|expert| expert.mlp.packed_addresses());
+        self.mapped.addresses().chain(packed)
     }
 
     /// Of the mapped bytes, those in this process's resident set now; None where the system does not tell.
     #[must_use]
     pub fn resident_bytes(&self) -> Option<u64> {
         let smaps = fs::read_to_string("/proc/self/smaps").ok()?;
-        let maps: Vec<_> = self.mapped.addresses().collect();
+        let maps: Vec<_> = self.addresses().collect();
         let mut resident_kib = 0;
         let mut ours = false;
         for line in smaps.lines() {

@@ -32,7 +32,7 @@ impl Gate {
         let config = checkpoint.config();
         let n = config.n_routed_experts;
         Ok(Self {
-            weight: checkpoint.linear(&format!("{prefix}.weight"), [n, config.hidden_size])?,
+            weight: checkpoint.stored(&format!("{prefix}.weight"), [n, config.hidden_size])?,
             e_score_correction_bias: match config.gate.scoring {
                 Scoring::Softmax => vec![0.0; n],
                 Scoring::Sigmoid => checkpoint.vector(&format!("{prefix}.e_score_correction_bias"), n)?,

@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
-use ids::{ExpertId, LayerId, RowIndex};
+use ids::{ExpertId, LayerId, RowIndex, WeightsHash};
 
 use crate::{
     Assignments, Error, Pages, Span,
     attention::Attention,
-    checkpoint::Checkpoint,
+    checkpoint::{
+        Checkpoint, Mapped,
+        packed::{Shape, Weights},
+    },
     gate::Gate,
-    kernels::{rms_norm, silu_mul},
+    kernels::{packed::Bits, rms_norm, silu_mul},
     rope::Rotary,
-    storage::Linear,
+    storage::{Input, Linear},
 };
 
 pub struct Layer {
@@ -90,9 +93,42 @@ impl Layer {
 impl Mlp {
     pub(crate) fn load(checkpoint: &Checkpoint, prefix: &str, width: usize) -> Result<Self, Error> {
         let hidden_size = checkpoint.config().hidden_size;
-        let names = Self::tensors(prefix, hidden_size, width);
-        let mapped = checkpoint.map(&names)?;
-        Self::from_mapped(&mapped, prefix, hidden_size, width)
+        match checkpoint.weights() {
+            Weights::Stored => {
+                let mapped = checkpoint.map(&Self::tensors(prefix, hidden_size, width))?;
+                Self::from_mapped(&mapped, prefix, hidden_size, width)
+            }
+            Weights::Quantized(bits) => Ok(Self::quantized(checkpoint, prefix, width, bits)?.0),
+        }
+    }
+
+    /// With the hash of what is computed with.
+    pub(crate) fn quantized(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        width: usize,
+        bits: Bits,
+    ) -> Result<(Self, WeightsHash), Error> {
+        let tensors = Self::tensors(prefix, checkpoint.config().hidden_size, width);
+        let shapes = Self::shapes(&tensors);
+        let row = |mapped: &Mapped, matrix: usize, row, out: &mut Vec<f32>| {
+            mapped.extend_row(&tensors[matrix].0, shapes[matrix].width, row, out);
+        };
+        let unit = checkpoint.packed(prefix, bits, &tensors, &shapes, row)?;
+        let n_matrices = unit.matrices.len();
+        let [gate_proj, up_proj, down_proj] = <[Linear; 3]>::try_from(unit.matrices)
+            .map_err(|_| Error::new(format!("{prefix} has {n_matrices} matrices, wanted 3")))?;
+        Ok((Self { gate_proj, up_proj, down_proj }, unit.hash))
+    }
+
+    /// Where its unit is in memory, if it is packed.
+    pub(crate) fn packed_addresses(&self) -> Option<std::ops::Range<usize>> {
+        self.gate_proj.packed_addresses()
+    }
+
+    /// What [`Mlp::tensors`] are packed as.
+    pub(crate) fn shapes(tensors: &[(String, Vec<usize>); 3]) -> [Shape; 3] {
+        tensors.each_ref().map(|(_, shape)| Shape { outputs: shape[0], width: shape[1] })
     }
 
     /// The names and shapes of its tensors.
@@ -120,8 +156,9 @@ impl Mlp {
     /// `[rows, hidden]` → `[rows, hidden]`
     #[must_use]
     pub fn apply(&self, normed: &[f32]) -> Vec<f32> {
-        let mut gate = self.gate_proj.apply(normed, None);
-        silu_mul(&mut gate, &self.up_proj.apply(normed, None));
+        let normed = Input::new(normed);
+        let mut gate = self.gate_proj.apply_to(&normed, None);
+        silu_mul(&mut gate, &self.up_proj.apply_to(&normed, None));
         self.down_proj.apply(&gate, None)
     }
 }

@@ -13,11 +13,11 @@ mod rope;
 mod storage;
 
 pub use backbone::Backbone;
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, packed::Weights};
 pub use config::ModelConfig;
 pub use expert::Experts;
 pub use gate::Assignments;
-pub use kernels::Isa;
+pub use kernels::{Isa, packed::Bits};
 pub use layer::{FeedForward, Layer, Mlp, Moe};
 pub use pages::{Pages, Span};
 

@@ -49,7 +49,7 @@ impl Indexer {
             k_norm_weight: checkpoint.vector(&format!("{prefix}.k_norm.weight"), index_head_dim)?,
             k_norm_bias: checkpoint.vector(&format!("{prefix}.k_norm.bias"), index_head_dim)?,
             weights_proj: checkpoint
-                .linear(&format!("{prefix}.weights_proj.weight"), [index_n_heads, hidden_size])?,
+                .stored(&format!("{prefix}.weights_proj.weight"), [index_n_heads, hidden_size])?,
             sizes,
         })
     }

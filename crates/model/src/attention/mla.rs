@@ -8,7 +8,10 @@ use rayon::prelude::*;
 use super::indexer::{IndexQueries, Indexer};
 use crate::{
     Error, ModelConfig, Pages, Span,
-    checkpoint::Checkpoint,
+    checkpoint::{
+        Checkpoint, Mapped,
+        packed::{Shape, Weights},
+    },
     kernels::{Isa, axpy, dot, rms_norm, softmax},
     pages::Rows,
     rope::Rotary,
@@ -26,8 +29,7 @@ pub(crate) struct Attention {
     kv_a_proj_with_mqa: Linear,
     kv_a_bias: Option<Vec<f32>>,
     kv_a_layernorm: Vec<f32>,
-    /// `[heads × (nope + v), kv_lora_rank]`: each head's key half, then its value half.
-    kv_b_proj: Linear,
+    kv_b_proj: KvB,
     o_proj: Linear,
     o_bias: Option<Vec<f32>>,
     indexer: Option<Indexer>,
@@ -43,6 +45,14 @@ struct Sizes {
     v: usize,
     latent: usize,
     softmax_scale: f32,
+}
+
+/// `kv_b_proj`, from latents to each head's keys and values.
+enum KvB {
+    /// `[heads × (nope + v), kv_lora_rank]`: each head's key half, then its value half.
+    Stored { matrix: Linear, nope: usize, v: usize },
+    /// Of each head the key half transposed, `[kv_lora_rank, nope]`, and the value half, `[v, kv_lora_rank]`.
+    Packed(Vec<Linear>),
 }
 
 /// How queries are made: through a low-rank bottleneck, or directly (V2-Lite).
@@ -80,7 +90,7 @@ impl Attention {
             kv_a_proj_with_mqa: matrix("kv_a_proj_with_mqa", [kv_lora_rank + rope, hidden_size])?,
             kv_a_bias: bias("kv_a_proj_with_mqa", kv_lora_rank + rope)?,
             kv_a_layernorm: checkpoint.vector(&format!("{prefix}.kv_a_layernorm.weight"), kv_lora_rank)?,
-            kv_b_proj: matrix("kv_b_proj", [heads * (nope + v), kv_lora_rank])?,
+            kv_b_proj: KvB::load(checkpoint, &format!("{prefix}.kv_b_proj"), [heads, nope, v, kv_lora_rank])?,
             o_proj: matrix("o_proj", [hidden_size, heads * v])?,
             o_bias: bias("o_proj", hidden_size)?,
             indexer,
@@ -186,9 +196,7 @@ impl Attention {
         let mut scores = vec![0.0; rows.len()];
         let mut sum = vec![0.0; latent];
         for (head, q) in q.chunks_exact(nope + rope).enumerate() {
-            let outputs = head * (nope + v);
-            absorbed[..latent].fill(0.0);
-            self.kv_b_proj.add_rows(&q[..nope], outputs..outputs + nope, &mut absorbed[..latent]);
+            self.kv_b_proj.absorb(head, &q[..nope], &mut absorbed[..latent]);
             absorbed[latent..].copy_from_slice(&q[nope..]);
             for (score, row) in scores.iter_mut().zip(&rows) {
                 *score = dot(isa, &absorbed, row) * softmax_scale;
@@ -198,9 +206,61 @@ impl Attention {
             for (weight, row) in scores.iter().zip(&rows) {
                 axpy(isa, *weight, &row[..latent], &mut sum);
             }
-            output.extend(self.kv_b_proj.apply_outputs(&sum, outputs + nope..outputs + nope + v));
+            output.extend(self.kv_b_proj.expand(head, &sum));
         }
         output
+    }
+}
+
+impl KvB {
+    fn load(
+        checkpoint: &Checkpoint,
+        name: &str,
+        [heads, nope, v, latent]: [usize; 4],
+    ) -> Result<Self, Error> {
+        let name = format!("{name}.weight");
+        let shape = [heads * (nope + v), latent];
+        let Weights::Quantized(bits) = checkpoint.weights() else {
+            return Ok(Self::Stored { matrix: checkpoint.stored(&name, shape)?, nope, v });
+        };
+        // A head's key half is used the other way round, and blocks lie along what is summed over.
+        let (key, value) = (Shape { outputs: latent, width: nope }, Shape { outputs: v, width: latent });
+        let shapes: Vec<Shape> = (0..heads).flat_map(|_| [key, value]).collect();
+        let row = |mapped: &Mapped, matrix: usize, row: usize, out: &mut Vec<f32>| {
+            let first = matrix / 2 * (nope + v);
+            if matrix.is_multiple_of(2) {
+                (first..first + nope)
+                    .for_each(|output| mapped.extend_number(&name, latent, output, row, out));
+            } else {
+                mapped.extend_row(&name, latent, first + nope + row, out);
+            }
+        };
+        let tensors = [(name.clone(), shape.to_vec())];
+        let unit = checkpoint.packed(&name, bits, &tensors, &shapes, row)?;
+        Ok(Self::Packed(unit.matrices))
+    }
+
+    /// A head's query `[nope]` → `absorbed` `[latent]`: what its scalar product with a latent is the score of.
+    fn absorb(&self, head: usize, q: &[f32], absorbed: &mut [f32]) {
+        match self {
+            Self::Stored { matrix, nope, v } => {
+                let first = head * (nope + v);
+                absorbed.fill(0.0);
+                matrix.add_rows(q, first..first + nope, absorbed);
+            }
+            Self::Packed(matrices) => absorbed.copy_from_slice(&matrices[2 * head].apply(q, None)),
+        }
+    }
+
+    /// A head's sum of latents `[latent]` → its output `[v]`.
+    fn expand(&self, head: usize, sum: &[f32]) -> Vec<f32> {
+        match self {
+            Self::Stored { matrix, nope, v } => {
+                let first = head * (nope + v) + nope;
+                matrix.apply_outputs(sum, first..first + v)
+            }
+            Self::Packed(matrices) => matrices[2 * head + 1].apply(sum, None),
+        }
     }
 }
 

@@ -28,7 +28,14 @@ impl Checkpoint {
     }
 }
 
-fn read(
+/// XXH3-64 over a part of a file.
+pub(super) fn of_file(path: &Path, offset: u64, n_bytes: u64) -> std::io::Result<u64> {
+    let mut hash = XxHash3_64::new();
+    read(path, offset, n_bytes, &mut vec![0; CHUNK_BYTES], |bytes| hash.write(bytes))?;
+    Ok(hash.finish())
+}
+
+pub(super) fn read(
     path: &Path,
     offset: u64,
     n_bytes: u64,
