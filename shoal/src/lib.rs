@@ -1,5 +1,6 @@
 //! The one program: services, a whole cluster on one machine, and tools. Subcommands, nothing else.
 
+mod bench;
 mod chat;
 mod checkpoint_dir;
 mod cluster;
@@ -58,6 +59,8 @@ enum Command {
     Expert(Service<expert_svc::Args>),
     /// Print what a checkpoint holds, without loading weights
     Inspect(inspect::Args),
+    /// Measure prefill and decoding through a router and expert servers in processes of their own
+    Bench(bench::Args),
     /// Quantize a checkpoint's weights ahead of the first start
     Convert(convert::Args),
     /// Compute logits and greedy tokens of given prompts through real processes
@@ -67,7 +70,7 @@ enum Command {
     /// Print who is where, in which state, what it holds and how busy it is
     Ps(ps::Args),
     /// Break a cluster on purpose and compare what its clients see with an undisturbed run
-    Chaos(bench::chaos::Args),
+    Chaos(::bench::chaos::Args),
     /// Print a shell's completions
     Completions { shell: clap_complete::Shell },
 }
@@ -114,9 +117,10 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
         Command::Chaos(args) => process::tool(log, async {
             let program = std::env::current_exe().context("cannot find this program's own file")?;
             let model = checkpoint_dir::find(args.model.as_deref())?;
-            bench::chaos::run(args, program, model).await
+            ::bench::chaos::run(args, program, model).await
         }),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => process::tool(log, bench::run(args)),
         Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Text(args) => text::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {

@@ -89,7 +89,7 @@ pub(crate) struct PassOn {
 
 impl PassOn {
     /// The flags for expert server `at`, counted from 0.
-    fn for_expert(&self, at: usize) -> Vec<String> {
+    pub(crate) fn for_expert(&self, at: usize) -> Vec<String> {
         let flag = |arg: &String| match arg.split_once(':').map(|(n, flag)| (n.parse::<usize>(), flag)) {
             Some((Ok(n), flag)) => (n == at + 1).then(|| flag.to_owned()),
             Some((Err(_), _)) | None => Some(arg.clone()),

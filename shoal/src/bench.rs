@@ -1,0 +1,253 @@
+//! `shoal bench`: tokens a second of a cluster of this machine's own, without gateway and tokenizer.
+
+use std::{
+    io::{self, Write as _},
+    num::NonZeroUsize,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use indicatif::ProgressBar;
+use proto::{
+    Error,
+    v1::{self, router_client::RouterClient},
+};
+use serde::Serialize;
+use tonic::transport::Channel;
+
+use crate::{
+    checkpoint_dir,
+    cluster::{Cluster, Plan, Where, router_client},
+    process::WeightsArgs,
+    table,
+    up::PassOn,
+};
+
+/// Measure prefill and decoding through a router and expert servers in processes of their own.
+///
+/// Prompts are random token ids, answers are as long as asked whatever they say. Decoding is timed from the moment at
+/// which every sequence has its first token until the first one ends. Each figure is the median over the rounds, with
+/// the smallest and the largest; one round goes before them, unmeasured.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "Example:\n  shoal bench --model DIR --weights q8 --experts 1,2,4,8 --batch 1,16")]
+pub(crate) struct Args {
+    /// Checkpoint folder [default: the bundled model minnow]
+    #[arg(long, env = "SHOAL_MODEL", value_name = "DIR")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightsArgs,
+    /// Numbers of expert servers
+    #[arg(long, value_delimiter = ',', default_value = "2", value_name = "N,…")]
+    experts: Vec<NonZeroUsize>,
+    /// Lengths of prompts whose prefill is timed; none: --prefill=
+    #[arg(long, value_delimiter = ',', default_value = "512", value_name = "TOKENS,…")]
+    prefill: Vec<usize>,
+    /// Numbers of sequences that are decoded together
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_name = "N,…")]
+    batch: Vec<usize>,
+    /// Lengths of the prompts before them
+    #[arg(long, value_delimiter = ',', default_value = "8", value_name = "TOKENS,…")]
+    context: Vec<usize>,
+    /// Tokens decoded by each sequence
+    #[arg(long, default_value_t = 64, value_name = "TOKENS")]
+    decode: u32,
+    /// Measured rounds
+    #[arg(long, default_value = "5", value_name = "N")]
+    rounds: NonZeroUsize,
+    /// Print one JSON line a figure instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    pass: PassOn,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "snake_case", tag = "what")]
+enum Case {
+    Prefill { tokens: usize },
+    Decode { batch: usize, context: usize },
+}
+
+#[derive(Debug, Serialize)]
+struct Figure {
+    #[serde(flatten)]
+    case: Case,
+    experts: usize,
+    weights: &'static str,
+    /// Tokens a second.
+    median: f64,
+    min: f64,
+    max: f64,
+    rounds: usize,
+}
+
+pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    ensure!(args.decode >= 2, "--decode must be at least 2: the first token is not timed");
+    let model = checkpoint_dir::find(args.model.as_deref())?;
+    let prefill = args.prefill.iter().map(|&tokens| Case::Prefill { tokens });
+    let decode = args
+        .batch
+        .iter()
+        .flat_map(|&batch| args.context.iter().map(move |&context| Case::Decode { batch, context }));
+    let cases: Vec<Case> = prefill.chain(decode).collect();
+    // Draws only on a terminal, on stderr.
+    let progress = ProgressBar::new((args.experts.len() * cases.len()) as u64);
+    let mut figures = Vec::new();
+    for &experts in &args.experts {
+        let cluster = Cluster::start(&plan(&args, model.clone(), experts.get())).await?;
+        let mut client = router_client(cluster.routers[0].address).await?;
+        let status = client.status(v1::RouterStatusRequest {}).await?.into_inner();
+        let mut prompts = Prompts { vocab: status.vocab_size, state: 1 };
+        for &case in &cases {
+            let mut rates = Vec::with_capacity(args.rounds.get());
+            for round in 0..=args.rounds.get() {
+                let rate = measure(&client, case, args.decode, &mut prompts).await;
+                let rate = rate.with_context(|| format!("{case:?} with {experts} expert servers"))?;
+                if round > 0 {
+                    rates.push(rate);
+                }
+            }
+            rates.sort_by(f64::total_cmp);
+            figures.push(Figure {
+                case,
+                experts: experts.get(),
+                weights: args.weights.weights.name(),
+                median: rates[rates.len() / 2],
+                min: rates[0],
+                max: rates[rates.len() - 1],
+                rounds: rates.len(),
+            });
+            progress.inc(1);
+        }
+        cluster.stop().await;
+    }
+    progress.finish_and_clear();
+    print(&figures, args.json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn plan(args: &Args, model: PathBuf, experts: usize) -> Plan {
+    Plan {
+        model,
+        experts: Plan::shards(experts, 1),
+        registry: Where::Static,
+        routers: 1,
+        router_args: args.pass.router.clone(),
+        gateway: None,
+        quiet: true,
+        log_args: vec!["--log-filter=warn".to_owned()],
+        expert_args: (0..experts).map(|at| args.pass.for_expert(at)).collect(),
+        weights_args: args.weights.to_args(),
+        trace_args: Vec::new(),
+    }
+}
+
+/// Random prompts: no two have a prefix in common that could be cached.
+struct Prompts {
+    vocab: u32,
+    state: u64,
+}
+
+impl Prompts {
+    fn next(&mut self, len: usize) -> Vec<u32> {
+        let mut id = || {
+            // An LCG (Knuth's MMIX): its high bits are random enough to spread over experts.
+            self.state =
+                self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((self.state >> 33) % u64::from(self.vocab)) as u32
+        };
+        (0..len).map(|_| id()).collect()
+    }
+}
+
+/// Tokens a second.
+async fn measure(
+    client: &RouterClient<Channel>,
+    case: Case,
+    decode: u32,
+    prompts: &mut Prompts,
+) -> anyhow::Result<f64> {
+    match case {
+        Case::Prefill { tokens } => {
+            let prompt = prompts.next(tokens);
+            let began = now();
+            let times = generate(client.clone(), prompt, 1).await?;
+            Ok(tokens as f64 / seconds(began, times[0]))
+        }
+        Case::Decode { batch, context } => {
+            let answers = (0..batch).map(|_| generate(client.clone(), prompts.next(context), decode));
+            let answers = futures_util::future::try_join_all(answers).await?;
+            let first = answers.iter().map(|times| times[0]).max().context("no sequence")?;
+            let last = answers.iter().map(|times| times[times.len() - 1]).min().context("no sequence")?;
+            let timed = answers.iter().flatten().filter(|time| **time > first && **time <= last).count();
+            ensure!(timed > 0, "the first sequence ended before the last one began: raise --decode");
+            Ok(timed as f64 / seconds(first, last))
+        }
+    }
+}
+
+fn seconds(from: Instant, to: Instant) -> f64 {
+    to.saturating_duration_since(from).max(Duration::from_nanos(1)).as_secs_f64()
+}
+
+/// When each token came.
+async fn generate(
+    mut client: RouterClient<Channel>,
+    prompt: Vec<u32>,
+    tokens: u32,
+) -> anyhow::Result<Vec<Instant>> {
+    let request = v1::GenerateRequest {
+        prompt_ids: prompt,
+        tokens_max: tokens,
+        tokens_min: tokens,
+        ..v1::GenerateRequest::default()
+    };
+    let mut replies =
+        client.generate(request).await.map_err(|status| Error::from_status(&status))?.into_inner();
+    let mut times = Vec::with_capacity(tokens as usize);
+    while let Some(reply) = replies.message().await.map_err(|status| Error::from_status(&status))? {
+        times.extend(reply.tokens.iter().map(|_| now()));
+    }
+    ensure!(
+        times.len() == tokens as usize,
+        "{} of {tokens} tokens came: is the context long enough?",
+        times.len()
+    );
+    Ok(times)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the clock is what this is about")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+fn print(figures: &[Figure], as_json: bool) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    if as_json {
+        for figure in figures {
+            writeln!(out, "{}", serde_json::to_string(figure)?)?;
+        }
+        return Ok(());
+    }
+    let mut rows = vec![["EXPERTS", "WEIGHTS", "CASE", "TOKENS/S", "MIN", "MAX"].map(str::to_owned).to_vec()];
+    rows.extend(figures.iter().map(|figure| {
+        let case = match figure.case {
+            Case::Prefill { tokens } => format!("prefill {tokens}"),
+            Case::Decode { batch, context } => format!("decode, batch {batch}, context {context}"),
+        };
+        let rate = |rate: f64| format!("{rate:.1}");
+        vec![
+            figure.experts.to_string(),
+            figure.weights.to_owned(),
+            case,
+            rate(figure.median),
+            rate(figure.min),
+            rate(figure.max),
+        ]
+    }));
+    write!(out, "{}", table::format(&rows))?;
+    Ok(())
+}
