@@ -16,6 +16,8 @@ mod avx2;
 mod avx512;
 mod scalar;
 
+use std::ops::Range;
+
 use half::bf16;
 use rayon::prelude::*;
 
@@ -27,8 +29,14 @@ pub(crate) const OUTPUTS: usize = 16;
 pub(crate) const BLOCK: usize = 32;
 /// Bytes of a panel's scales for one block.
 const SCALES_BYTES: usize = OUTPUTS * 2;
-/// Rows that a kernel multiplies with a panel at once.
-const ROWS: usize = 4;
+/// Blocks of a panel that are multiplied with all rows before the next ones are: they stay in the first cache.
+const BLOCKS: usize = 8;
+
+/// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
+const WIDE_FROM: usize = 4;
+
+/// Rows that it multiplies at once.
+const WIDE_ROWS: usize = 4;
 
 /// How many bits a quantized number has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,7 +57,12 @@ pub(crate) struct Rows {
     scales: Vec<f32>,
     /// `[rows, blocks]`: the sum of a block's numbers.
     sums: Vec<i32>,
+    /// `[groups of rows, blocks]`: the numbers once more where there are [`WIDE_FROM`] rows.
+    wide: Vec<WideBlock>,
 }
+
+/// One block of four rows: pairs of neighbouring numbers in 16 bits each. Rows that are not there are zeros.
+type WideBlock = [[i32; WIDE_ROWS]; BLOCK / 2];
 
 /// One row of [`Rows`].
 #[derive(Clone, Copy)]
@@ -63,11 +76,12 @@ struct Row<'a> {
 #[derive(Clone, Copy)]
 struct Panel<'a> {
     scales: &'a [[u8; SCALES_BYTES]],
-    numbers: &'a [u8],
+    /// In runs of 64 bytes.
+    numbers: &'a [[u8; 64]],
+    /// Of a block. Not a constant of the kernels: a compiler that knows it unrolls their innermost loop, and has not
+    /// enough registers for that.
+    runs: usize,
 }
-
-/// Sums of some rows with the outputs of a panel.
-type Sums<const R: usize> = [[f32; OUTPUTS]; R];
 
 impl Bits {
     /// Bytes of one block of a panel, without its scales.
@@ -117,8 +131,10 @@ impl Rows {
 #[inline(always)]
 fn quantize(x: &[f32], width: usize) -> Rows {
     let blocks = width.div_ceil(BLOCK);
-    let n = x.len() / width * blocks;
+    let n_rows = x.len() / width;
+    let n = n_rows * blocks;
     let mut rows = Rows {
+        wide: Vec::new(),
         blocks,
         numbers: vec![[0; BLOCK]; n],
         scales: Vec::with_capacity(n),
@@ -128,6 +144,18 @@ fn quantize(x: &[f32], width: usize) -> Rows {
     for (x, numbers) in of_x.zip(&mut rows.numbers) {
         rows.scales.push(scalar::quantize(x, numbers));
         rows.sums.push(numbers.iter().map(|number| i32::from(*number)).sum());
+    }
+    if n_rows >= WIDE_FROM {
+        let groups = n_rows.div_ceil(WIDE_ROWS);
+        rows.wide = vec![[[0; WIDE_ROWS]; BLOCK / 2]; groups * blocks];
+        for (at, numbers) in rows.numbers.iter().enumerate() {
+            let (row, block) = (at / blocks, at % blocks);
+            let wide = &mut rows.wide[row / WIDE_ROWS * blocks + block];
+            for (wide, pair) in wide.iter_mut().zip(numbers.as_chunks::<2>().0) {
+                let [low, high] = pair.map(i32::from);
+                wide[row % WIDE_ROWS] = low & 0xffff | high << 16;
+            }
+        }
     }
     rows
 }
@@ -187,7 +215,7 @@ pub(crate) fn unpack_row(bits: Bits, packed: &[u8], width: usize, output: usize,
     out.extend((0..width).map(|at| {
         let (block, at) = (at / BLOCK, at % BLOCK);
         let scale = panel.scale(block, o);
-        f32::from(scalar::number(bits, panel.block(bits, block), o, at)) * scale
+        f32::from(scalar::number(bits, panel.block(block), o, at)) * scale
     }));
 }
 
@@ -196,7 +224,8 @@ impl<'a> Panel<'a> {
         let n_bytes = bits.panel_bytes(width);
         let (scales, numbers) =
             packed[panel * n_bytes..][..n_bytes].split_at(width.div_ceil(BLOCK) * SCALES_BYTES);
-        Self { scales: scales.as_chunks().0, numbers }
+        let runs = bits.block_bytes() / 64;
+        Self { scales: scales.as_chunks().0, numbers: numbers.as_chunks().0, runs }
     }
 
     fn scale(&self, block: usize, output: usize) -> f32 {
@@ -204,90 +233,109 @@ impl<'a> Panel<'a> {
         f32::from_bits(u32::from(u16::from_le_bytes([bytes[2 * output], bytes[2 * output + 1]])) << 16)
     }
 
-    fn block(&self, bits: Bits, block: usize) -> &'a [u8] {
-        &self.numbers[block * bits.block_bytes()..][..bits.block_bytes()]
+    fn block(&self, block: usize) -> &'a [[u8; 64]] {
+        &self.numbers[block * self.runs..][..self.runs]
     }
 }
 
-fn sums<const R: usize>(isa: Isa, bits: Bits, x: [Row<'_>; R], panel: Panel<'_>) -> Sums<R> {
+/// Adds the products of some rows with some blocks of a panel to `y`, block after block.
+fn add_products<const R: usize>(
+    isa: Isa,
+    bits: Bits,
+    x: [Row<'_>; R],
+    panel: Panel<'_>,
+    blocks: Range<usize>,
+    y: &mut [[f32; OUTPUTS]; R],
+) {
     match isa {
-        Isa::Baseline => scalar::sums(bits, x, panel),
+        Isa::Baseline => scalar::add_products(bits, x, panel, blocks, y),
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx2 => unsafe {
             match bits {
-                Bits::Eight => avx2::sums_8(x, panel),
-                Bits::Four => avx2::sums_4(x, panel),
+                Bits::Eight => avx2::add_products_8(x, panel, blocks, y),
+                Bits::Four => avx2::add_products_4(x, panel, blocks, y),
             }
         },
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx512 => unsafe {
             match bits {
-                Bits::Eight => avx512::sums_8(x, panel),
-                Bits::Four => avx512::sums_4(x, panel),
+                Bits::Eight => avx512::add_products_8(x, panel, blocks, y),
+                Bits::Four => avx512::add_products_4(x, panel, blocks, y),
             }
         },
     }
 }
 
-/// `x` times the outputs of one panel; `put` is given row, and the sums.
-fn rows_with_panel(
-    isa: Isa,
+/// `x` times the outputs of one panel → `y`, one a row.
+fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+    y.fill([0.0; OUTPUTS]);
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 && x.n_rows() >= WIDE_FROM {
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        unsafe {
+            avx2::add_products_wide(bits, x, panel, y);
+        }
+        return;
+    }
+    let n_blocks = panel.scales.len();
+    let mut first = 0;
+    while first < n_blocks {
+        let blocks = first..(first + BLOCKS).min(n_blocks);
+        first = blocks.end;
+        let (pairs, last) = y.as_chunks_mut::<2>();
+        for (at, y) in pairs.iter_mut().enumerate() {
+            add_products(isa, bits, [x.row(2 * at), x.row(2 * at + 1)], panel, blocks.clone(), y);
+        }
+        if let [y] = last {
+            let x = [x.row(x.n_rows() - 1)];
+            add_products(isa, bits, x, panel, blocks, std::array::from_mut(y));
+        }
+    }
+}
+
+/// `x` times some of the panels; `outputs` ends with the last one's. Rows of `y` are `stride` long.
+fn rows_with_panels(
     bits: Bits,
     x: &Rows,
-    panel: Panel<'_>,
-    mut put: impl FnMut(usize, &[f32; OUTPUTS]),
+    packed: &[u8],
+    width: usize,
+    panels: Range<usize>,
+    (y, stride): (&mut [f32], usize),
 ) {
-    let mut row = 0;
-    while row < x.n_rows() {
-        let at = |r: usize| x.row(row + r);
-        let mut each = |sums: &[[f32; OUTPUTS]]| {
-            sums.iter().enumerate().for_each(|(r, sums)| put(row + r, sums));
-        };
-        let n = (x.n_rows() - row).min(ROWS);
-        match n {
-            1 => each(&sums(isa, bits, [at(0)], panel)),
-            2 => each(&sums(isa, bits, [at(0), at(1)], panel)),
-            3 => each(&sums(isa, bits, [at(0), at(1), at(2)], panel)),
-            _ => each(&sums(isa, bits, [at(0), at(1), at(2), at(3)], panel)),
+    let isa = Isa::detect();
+    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows()];
+    let first = panels.start;
+    for at in panels {
+        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), &mut sums);
+        let start = (at - first) * OUTPUTS;
+        let n = OUTPUTS.min(stride - start);
+        for (y, sums) in y.chunks_exact_mut(stride).zip(&sums) {
+            y[start..][..n].copy_from_slice(&sums[..n]);
         }
-        row += n;
     }
 }
 
 /// `x` `[rows, width]` times the packed matrix `[outputs, width]` transposed → `[rows, outputs]`. On the threads of the
 /// pool if there is enough to do: they share the panels, so that each is read once.
 pub(crate) fn matmul(bits: Bits, x: &Rows, packed: &[u8], width: usize, outputs: usize) -> Vec<f32> {
-    let isa = Isa::detect();
     let n_rows = x.n_rows();
     let panels = outputs.div_ceil(OUTPUTS);
     let mut y = vec![0.0; n_rows * outputs];
     let threads = rayon::current_num_threads();
     if threads == 1 || n_rows * width * outputs < PARALLEL_FROM {
-        for at in 0..panels {
-            rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), |row, sums| {
-                let start = at * OUTPUTS;
-                let n = OUTPUTS.min(outputs - start);
-                y[row * outputs + start..][..n].copy_from_slice(&sums[..n]);
-            });
-        }
+        rows_with_panels(bits, x, packed, width, 0..panels, (&mut y, outputs));
         return y;
     }
     let share = panels.div_ceil(threads * 4);
     let parts: Vec<Vec<f32>> = (0..panels.div_ceil(share))
         .into_par_iter()
         .map(|part| {
-            let (first, end) = (part * share, ((part + 1) * share).min(panels));
-            let width_of_part = (end * OUTPUTS).min(outputs) - first * OUTPUTS;
-            let mut y = vec![0.0; n_rows * width_of_part];
-            for at in first..end {
-                rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), |row, sums| {
-                    let start = (at - first) * OUTPUTS;
-                    let n = OUTPUTS.min(width_of_part - start);
-                    y[row * width_of_part + start..][..n].copy_from_slice(&sums[..n]);
-                });
-            }
+            let panels = part * share..((part + 1) * share).min(panels);
+            let stride = (panels.end * OUTPUTS).min(outputs) - panels.start * OUTPUTS;
+            let mut y = vec![0.0; n_rows * stride];
+            rows_with_panels(bits, x, packed, width, panels, (&mut y, stride));
             y
         })
         .collect();

@@ -1,10 +1,13 @@
-//! AVX2 and FMA, without VNNI. `maddubs` multiplies unsigned with signed bytes and saturates at 16 bits: int8 products
-//! take |x| and w with x's sign, whose pairs stay below 2 · 127²; int4 numbers are unsigned as they are stored, and
-//! eight of their pairs stay below 8 · 2 · 15 · 127, so that a whole block is summed in 16 bits.
+//! AVX2 and FMA, without VNNI. `maddubs` multiplies unsigned with signed bytes and saturates at 16 bits.
+//!
+//! For a few rows int8 products take |x| and w with x's sign, whose pairs stay below 2 · 127²; int4 numbers are unsigned
+//! as they are stored, and eight of their pairs stay below 8 · 2 · 15 · 127, so that a block is summed in 16 bits. For
+//! more rows a panel's numbers are widened to 16 bits once for all of them: a product and its sum are two instructions
+//! then, where those of signed bytes are four.
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, ops::Range};
 
-use super::{BLOCK, OUTPUTS, Panel, Row, Rows, SCALES_BYTES, Sums};
+use super::{BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Row, Rows, SCALES_BYTES, WIDE_ROWS};
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn quantize(x: &[f32], width: usize) -> Rows {
@@ -12,13 +15,25 @@ pub(super) fn quantize(x: &[f32], width: usize) -> Rows {
     super::quantize(x, width)
 }
 
-#[inline(always)]
+#[inline]
+#[target_feature(enable = "avx2")]
 fn load(bytes: &[u8; 32]) -> __m256i {
     #[expect(unsafe_code, reason = "sound: 32 bytes are there, and the load needs no alignment")]
     unsafe {
         _mm256_loadu_si256(bytes.as_ptr().cast())
     }
 }
+
+/// Asks for what is read next but a few blocks: the hardware's own prefetch ends at each page of 4 KiB.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(run: &[u8; 64]) {
+    const AHEAD_BYTES: usize = 2048;
+    _mm_prefetch::<_MM_HINT_T0>(run.as_ptr().wrapping_add(AHEAD_BYTES).cast());
+}
+
+/// Groups of four neighbouring elements in a block.
+const STEPS: usize = BLOCK / 4;
 
 /// Both halves of a panel's outputs.
 type Two = [__m256i; 2];
@@ -28,100 +43,214 @@ type Two = [__m256i; 2];
 #[target_feature(enable = "avx2,fma")]
 fn scales(bytes: &[u8; SCALES_BYTES]) -> [__m256; 2] {
     let all = load(bytes);
-    [_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all)]
-        .map(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+    let (low, high) = (_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all));
+    [
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low))),
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high))),
+    ]
 }
 
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn store<const R: usize>(sums: [[__m256; 2]; R]) -> Sums<R> {
-    sums.map(|halves| {
-        let mut row = [0.0; OUTPUTS];
-        for (half, out) in halves.into_iter().zip(row.as_chunks_mut::<8>().0) {
-            #[expect(unsafe_code, reason = "sound: eight floats are there, and the store needs no alignment")]
-            unsafe {
-                _mm256_storeu_ps(out.as_mut_ptr(), half);
-            }
-        }
-        row
-    })
-}
-
-/// Four neighbouring numbers of a row in every lane.
+/// Four neighbouring bytes of a row in every lane.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn broadcast(numbers: &[i8; 4]) -> __m256i {
-    _mm256_set1_epi32(i32::from_le_bytes(numbers.map(|number| number as u8)))
+fn broadcast(bytes: [u8; 4]) -> __m256i {
+    _mm256_set1_epi32(i32::from_le_bytes(bytes))
 }
 
-/// Adds one block's dot products to the sums.
+/// Adds one block's dot products to a row's sums.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add(sums: &mut [__m256; 2], dots: Two, w_scales: [__m256; 2], x_scale: f32) {
+fn add(y: &mut [f32; OUTPUTS], dots: Two, w_scales: [__m256; 2], x_scale: f32) {
     let x_scale = _mm256_set1_ps(x_scale);
-    for ((sum, dot), w_scale) in sums.iter_mut().zip(dots).zip(w_scales) {
-        *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(w_scale, x_scale), *sum);
+    let (halves, _) = y.as_chunks_mut::<8>();
+    for half in 0..2 {
+        let scale = _mm256_mul_ps(w_scales[half], x_scale);
+        #[expect(unsafe_code, reason = "sound: eight floats are there, and neither needs an alignment")]
+        unsafe {
+            let sum = _mm256_loadu_ps(halves[half].as_ptr());
+            let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[half]), scale, sum);
+            _mm256_storeu_ps(halves[half].as_mut_ptr(), sum);
+        }
     }
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn sums_8<const R: usize>(x: [Row<'_>; R], panel: Panel<'_>) -> Sums<R> {
+pub(super) fn add_products_8<const R: usize>(
+    x: [Row<'_>; R],
+    panel: Panel<'_>,
+    blocks: Range<usize>,
+    y: &mut [[f32; OUTPUTS]; R],
+) {
     let ones = _mm256_set1_epi16(1);
-    let mut sums = [[_mm256_setzero_ps(); 2]; R];
-    let blocks = panel.numbers.as_chunks::<{ BLOCK * OUTPUTS }>().0;
-    for (block, (numbers, w_scales)) in blocks.iter().zip(panel.scales).enumerate() {
+    for block in blocks {
         let mut dots: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
-        let steps = x.map(|row| row.numbers[block].as_chunks::<4>().0);
-        for (step, w) in numbers.as_chunks::<64>().0.iter().enumerate() {
-            let w = w.as_chunks::<32>().0;
-            let w = [load(&w[0]), load(&w[1])];
+        for (step, run) in panel.block(block).iter().enumerate() {
+            prefetch(run);
+            let (halves, _) = run.as_chunks::<32>();
+            let w = [load(&halves[0]), load(&halves[1])];
             for r in 0..R {
-                let x = broadcast(&steps[r][step]);
-                let magnitude = _mm256_abs_epi8(x);
+                let (steps, _) = x[r].numbers[block].as_chunks::<4>();
+                let x = broadcast(steps[step % STEPS].map(|number| number as u8));
+                let magnitudes = _mm256_abs_epi8(x);
                 for half in 0..2 {
-                    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w[half], x));
+                    let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(w[half], x));
                     dots[r][half] = _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(pairs, ones));
                 }
             }
         }
-        let w_scales = scales(w_scales);
+        let w_scales = scales(&panel.scales[block]);
         for r in 0..R {
-            add(&mut sums[r], dots[r], w_scales, x[r].scales[block]);
+            add(&mut y[r], dots[r], w_scales, x[r].scales[block]);
         }
     }
-    store(sums)
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn sums_4<const R: usize>(x: [Row<'_>; R], panel: Panel<'_>) -> Sums<R> {
+pub(super) fn add_products_4<const R: usize>(
+    x: [Row<'_>; R],
+    panel: Panel<'_>,
+    blocks: Range<usize>,
+    y: &mut [[f32; OUTPUTS]; R],
+) {
     let ones = _mm256_set1_epi16(1);
     let low_halves = _mm256_set1_epi8(0x0f);
-    let mut sums = [[_mm256_setzero_ps(); 2]; R];
-    let blocks = panel.numbers.as_chunks::<{ BLOCK * OUTPUTS / 2 }>().0;
-    for (block, (numbers, w_scales)) in blocks.iter().zip(panel.scales).enumerate() {
+    for block in blocks {
         let mut pairs: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
-        let steps = x.map(|row| row.numbers[block].as_chunks::<4>().0);
-        for (run, w) in numbers.as_chunks::<64>().0.iter().enumerate() {
-            let w = w.as_chunks::<32>().0;
-            let w = [load(&w[0]), load(&w[1])];
-            let low = w.map(|w| _mm256_and_si256(w, low_halves));
-            let high = w.map(|w| _mm256_and_si256(_mm256_srli_epi16::<4>(w), low_halves));
-            for r in 0..R {
-                for (w, step) in [(low, 2 * run), (high, 2 * run + 1)] {
-                    let x = broadcast(&steps[r][step]);
+        for (at, run) in panel.block(block).iter().enumerate() {
+            prefetch(run);
+            let (halves, _) = run.as_chunks::<32>();
+            let w = [load(&halves[0]), load(&halves[1])];
+            let w = [
+                [_mm256_and_si256(w[0], low_halves), _mm256_and_si256(w[1], low_halves)],
+                [
+                    _mm256_and_si256(_mm256_srli_epi16::<4>(w[0]), low_halves),
+                    _mm256_and_si256(_mm256_srli_epi16::<4>(w[1]), low_halves),
+                ],
+            ];
+            for part in 0..2 {
+                for r in 0..R {
+                    let (steps, _) = x[r].numbers[block].as_chunks::<4>();
+                    let x = broadcast(steps[(2 * at + part) % STEPS].map(|number| number as u8));
                     for half in 0..2 {
-                        let products = _mm256_maddubs_epi16(w[half], x);
+                        let products = _mm256_maddubs_epi16(w[part][half], x);
                         pairs[r][half] = _mm256_add_epi16(pairs[r][half], products);
                     }
                 }
             }
         }
-        let w_scales = scales(w_scales);
+        let w_scales = scales(&panel.scales[block]);
         for r in 0..R {
             let offset = _mm256_set1_epi32(8 * x[r].sums[block]);
-            let dots = pairs[r].map(|pairs| _mm256_sub_epi32(_mm256_madd_epi16(pairs, ones), offset));
-            add(&mut sums[r], dots, w_scales, x[r].scales[block]);
+            let dots = [
+                _mm256_sub_epi32(_mm256_madd_epi16(pairs[r][0], ones), offset),
+                _mm256_sub_epi32(_mm256_madd_epi16(pairs[r][1], ones), offset),
+            ];
+            add(&mut y[r], dots, w_scales, x[r].scales[block]);
         }
     }
-    store(sums)
+}
+
+/// One block of a panel in 16 bits: for each pair of elements both halves of the outputs.
+type Wide = [Two; BLOCK / 2];
+
+/// Adds the products of [`WIDE_FROM`](super::WIDE_FROM) or more rows with a whole panel to `y`.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn add_products_wide(bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+    let mut wide: [Wide; BLOCKS] = [[[_mm256_setzero_si256(); 2]; BLOCK / 2]; BLOCKS];
+    let (groups, rest) = y.as_chunks_mut::<WIDE_ROWS>();
+    let mut padded = [[0.0; OUTPUTS]; WIDE_ROWS];
+    for first in (0..x.blocks).step_by(BLOCKS) {
+        let blocks = first..(first + BLOCKS).min(x.blocks);
+        for (block, wide) in blocks.clone().zip(&mut wide) {
+            match bits {
+                Bits::Eight => widen_8(panel.block(block), wide),
+                Bits::Four => widen_4(panel.block(block), wide),
+            }
+        }
+        for (group, y) in groups.iter_mut().enumerate() {
+            add_wide(x, group, y, &wide, panel, blocks.clone());
+        }
+        if !rest.is_empty() {
+            add_wide(x, groups.len(), &mut padded, &wide, panel, blocks);
+        }
+    }
+    rest.copy_from_slice(&padded[..rest.len()]);
+}
+
+/// Bytes of eight outputs, four of each → pairs of 16 bits of all eight: of elements 0 and 1, and of 2 and 3.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(bytes: __m256i) -> Two {
+    let pairs = _mm256_setr_epi8(
+        0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, //
+        0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+    );
+    let sorted = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_shuffle_epi8(bytes, pairs));
+    [
+        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(sorted)),
+        _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(sorted)),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
+    for (run, wide) in block.iter().zip(wide.as_chunks_mut::<2>().0) {
+        prefetch(run);
+        let (halves, _) = run.as_chunks::<32>();
+        let [low, high] = [widen(load(&halves[0])), widen(load(&halves[1]))];
+        *wide = [[low[0], high[0]], [low[1], high[1]]];
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_4(block: &[[u8; 64]], wide: &mut Wide) {
+    let low_halves = _mm256_set1_epi8(0x0f);
+    let eight = _mm256_set1_epi8(8);
+    for (run, wide) in block.iter().zip(wide.as_chunks_mut::<4>().0) {
+        prefetch(run);
+        let (halves, _) = run.as_chunks::<32>();
+        for half in 0..2 {
+            let bytes = load(&halves[half]);
+            let low = widen(_mm256_sub_epi8(_mm256_and_si256(bytes, low_halves), eight));
+            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low_halves);
+            let high = widen(_mm256_sub_epi8(high, eight));
+            for pair in 0..2 {
+                wide[pair][half] = low[pair];
+                wide[2 + pair][half] = high[pair];
+            }
+        }
+    }
+}
+
+/// Adds the products of some blocks to the sums of a group of rows.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_wide(
+    x: &Rows,
+    group: usize,
+    y: &mut [[f32; OUTPUTS]; WIDE_ROWS],
+    wide: &[Wide; BLOCKS],
+    panel: Panel<'_>,
+    blocks: Range<usize>,
+) {
+    let of_group = &x.wide[group * x.blocks..][..x.blocks];
+    for (block, w) in blocks.zip(wide) {
+        let mut dots: [Two; WIDE_ROWS] = [[_mm256_setzero_si256(); 2]; WIDE_ROWS];
+        for (x, w) in of_group[block].iter().zip(w) {
+            for r in 0..WIDE_ROWS {
+                let x = _mm256_set1_epi32(x[r]);
+                for half in 0..2 {
+                    dots[r][half] = _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(x, w[half]));
+                }
+            }
+        }
+        let w_scales = scales(&panel.scales[block]);
+        for r in 0..WIDE_ROWS {
+            // A row that is only there to fill the group has no scale.
+            let x_scale = x.scales.get((group * WIDE_ROWS + r) * x.blocks + block).copied().unwrap_or(0.0);
+            add(&mut y[r], dots[r], w_scales, x_scale);
+        }
+    }
 }

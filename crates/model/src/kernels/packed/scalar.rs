@@ -1,6 +1,8 @@
 //! The twin that every other kernel of this folder is compared with, bit by bit.
 
-use super::{BLOCK, Bits, OUTPUTS, Panel, Row, Sums};
+use std::ops::Range;
+
+use super::{BLOCK, Bits, OUTPUTS, Panel, Row};
 
 /// A block with a number that is not finite has a scale that is none: so are all sums with it.
 #[inline(always)]
@@ -18,31 +20,34 @@ pub(super) fn quantize(x: &[f32], numbers: &mut [i8; BLOCK]) -> f32 {
 }
 
 /// Element `at` of a block of output `o`.
-pub(super) fn number(bits: Bits, block: &[u8], o: usize, at: usize) -> i8 {
+pub(super) fn number(bits: Bits, block: &[[u8; 64]], o: usize, at: usize) -> i8 {
     match bits {
-        Bits::Eight => block[at / 4 * 64 + o * 4 + at % 4] as i8,
+        Bits::Eight => block[at / 4][o * 4 + at % 4] as i8,
         Bits::Four => {
-            let byte = block[at / 8 * 64 + o * 4 + at % 4];
+            let byte = block[at / 8][o * 4 + at % 4];
             (if at % 8 < 4 { byte & 0x0f } else { byte >> 4 }) as i8 - 8
         }
     }
 }
 
-pub(super) fn sums<const R: usize>(bits: Bits, x: [Row<'_>; R], panel: Panel<'_>) -> Sums<R> {
-    let mut sums = [[0.0_f32; OUTPUTS]; R];
-    for block in 0..panel.scales.len() {
-        let numbers = panel.block(bits, block);
-        for (x, sums) in x.iter().zip(&mut sums) {
-            let row = &x.numbers[block];
-            for (o, sum) in sums.iter_mut().enumerate() {
-                let products = row
+pub(super) fn add_products<const R: usize>(
+    bits: Bits,
+    x: [Row<'_>; R],
+    panel: Panel<'_>,
+    blocks: Range<usize>,
+    y: &mut [[f32; OUTPUTS]; R],
+) {
+    for block in blocks {
+        let numbers = panel.block(block);
+        for (x, y) in x.iter().zip(&mut *y) {
+            for (o, y) in y.iter_mut().enumerate() {
+                let products = x.numbers[block]
                     .iter()
                     .enumerate()
                     .map(|(at, x)| i32::from(*x) * i32::from(number(bits, numbers, o, at)));
                 let dot: i32 = products.sum();
-                *sum = (dot as f32).mul_add(panel.scale(block, o) * x.scales[block], *sum);
+                *y = (dot as f32).mul_add(panel.scale(block, o) * x.scales[block], *y);
             }
         }
     }
-    sums
 }

@@ -12,10 +12,12 @@ fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
 fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<f32> {
     let panels = packed.len() / bits.panel_bytes(width);
     let mut y = vec![0.0; x.n_rows() * panels * OUTPUTS];
+    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows()];
     for at in 0..panels {
-        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), |row, sums| {
+        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), &mut sums);
+        for (row, sums) in sums.iter().enumerate() {
             y[(row * panels + at) * OUTPUTS..][..OUTPUTS].copy_from_slice(sums);
-        });
+        }
     }
     y
 }
