@@ -11,7 +11,7 @@ pub(crate) mod packed;
 use half::bf16;
 use rayon::prelude::*;
 
-pub(crate) use generic::{layer_norm, rms_norm, sigmoid, silu_mul, softmax};
+pub(crate) use generic::{layer_norm, sigmoid};
 
 /// Multiply-adds below which a product is not worth a second thread: some 50 µs of one core.
 const PARALLEL_FROM: usize = 1 << 19;
@@ -82,6 +82,30 @@ impl Isa {
 
 /// Compiles `generic::$name` for every instruction set and picks one at run time.
 macro_rules! dispatch {
+    ($(#[$doc:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?) => {
+        $(#[$doc])*
+        $visibility fn $name($($arg: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $type),*) $(-> $result)? {
+                generic::$name($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+            fn avx512($($arg: $type),*) $(-> $result)? {
+                generic::$name($($arg),*)
+            }
+            match Isa::detect() {
+                Isa::Baseline => generic::$name($($arg),*),
+                #[cfg(target_arch = "x86_64")]
+                #[expect(unsafe_code, reason = "sound: `Isa::Avx2` is made by `Isa::detect` alone")]
+                Isa::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
+                Isa::Avx512 => unsafe { avx512($($arg),*) },
+            }
+        }
+    };
     ($(#[$doc:meta])* $visibility:vis fn $name:ident<W>($($arg:ident: $type:ty),*) $(-> $result:ty)?) => {
         $(#[$doc])*
         $visibility fn $name<W: Weight>(isa: Isa, $($arg: $type),*) $(-> $result)? {
@@ -119,6 +143,19 @@ dispatch! {
 dispatch! {
     /// Scalar products of `x` with each row of `w` `[rows, x.len()]`.
     pub(crate) fn dot<W>(x: &[f32], w: &[W]) -> f32
+}
+
+dispatch! {
+    /// SwiGLU: `gate = gate * sigmoid(gate) * up`.
+    pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32])
+}
+dispatch! {
+    /// Scores → probabilities, in place.
+    pub(crate) fn softmax(scores: &mut [f32])
+}
+dispatch! {
+    /// `weight * x / sqrt(mean(x²) + eps)` for each row of `x` `[rows, weight.len()]`.
+    pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32>
 }
 
 /// `x` `[rows, width]` times `w` `[outputs, width]` transposed, plus `bias` → `[rows, outputs]`.

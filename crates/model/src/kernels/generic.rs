@@ -115,18 +115,21 @@ fn exp(x: f32) -> f32 {
 }
 
 /// 1 / (1 + e^-x)
+#[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
 /// SwiGLU: `gate = gate * sigmoid(gate) * up`.
-pub(crate) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+#[inline(always)]
+pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
     for (gate, up) in gate.iter_mut().zip(up) {
         *gate = *gate * sigmoid(*gate) * up;
     }
 }
 
 /// Sum over sixteen lanes, the order of [`dot`].
+#[inline(always)]
 fn sum(values: impl Iterator<Item = f32>) -> f32 {
     let mut lanes = [0.0; LANES];
     for (at, value) in values.enumerate() {
@@ -136,7 +139,8 @@ fn sum(values: impl Iterator<Item = f32>) -> f32 {
 }
 
 /// Scores → probabilities, in place.
-pub(crate) fn softmax(scores: &mut [f32]) {
+#[inline(always)]
+pub(super) fn softmax(scores: &mut [f32]) {
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     for score in &mut *scores {
         *score = exp(*score - max);
@@ -148,7 +152,8 @@ pub(crate) fn softmax(scores: &mut [f32]) {
 }
 
 /// `weight * x / sqrt(mean(x²) + eps)` for each row of `x` `[rows, weight.len()]`.
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut normed = Vec::with_capacity(x.len());
     for row in x.chunks_exact(weight.len()) {
         let mean = sum(row.iter().map(|value| value * value)) / row.len() as f32;

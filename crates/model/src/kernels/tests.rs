@@ -91,3 +91,17 @@ mod candle {
         check(&gate, &x_tensor.silu().unwrap());
     }
 }
+
+#[test]
+fn norms_and_activations_have_the_same_bits_everywhere() {
+    let x: Vec<f32> = (0..5 * 37).map(|i| ((i * 7919 + 13) % 1000) as f32 / 25.0 - 20.0).collect();
+    let (mut gate, mut wanted) = (x.clone(), x.clone());
+    silu_mul(&mut gate, &x);
+    generic::silu_mul(&mut wanted, &x);
+    assert_eq!(bits(&gate), bits(&wanted));
+    let (mut scores, mut wanted) = (x.clone(), x.clone());
+    softmax(&mut scores);
+    generic::softmax(&mut wanted);
+    assert_eq!(bits(&scores), bits(&wanted));
+    assert_eq!(bits(&rms_norm(&x, &[0.7; 37], 1e-6)), bits(&generic::rms_norm(&x, &[0.7; 37], 1e-6)));
+}
