@@ -74,7 +74,6 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         Some(threads) => threads.get(),
         None => std::thread::available_parallelism().context("cannot count the cores; give --threads")?.get(),
     };
-    model::set_threads(threads).context("cannot set the number of compute threads")?;
     let compute = Arc::clone(&shard);
     let delay = args.chaos_delay;
     let compute = move |frame: &_| {

@@ -110,3 +110,68 @@ fn a_file_cut_after_it_was_opened_is_an_error() {
     let error = Experts::load_after(&before, &checkpoint, &pairs[1..], &|| true).err().unwrap().to_string();
     assert!(error.contains(".safetensors: has 9 bytes, its header described at least "), "{error}");
 }
+
+/// Quantized weights from a cache folder: made once, mapped afterwards, made anew when the file is not what it should be.
+#[test]
+fn cached_weights_are_mapped_and_a_damaged_file_is_made_anew() {
+    let dir = copy();
+    let cache = tempfile::tempdir().unwrap();
+    for weights in ["q8", "q4"] {
+        let hash = |cache: Option<&Path>| {
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            let checkpoint = checkpoint.with_weights(weights.parse().unwrap(), cache.map(Path::to_owned));
+            let pair = pairs(&checkpoint)[3];
+            let experts = Experts::load(&checkpoint, &[pair]).unwrap();
+            assert!(experts.shard_bytes() > 0 && experts.mapped_bytes() >= experts.shard_bytes());
+            experts.weights(pair.0, pair.1).unwrap()
+        };
+        let wanted = hash(None);
+        assert_ne!(wanted, hashes(dir.path())[&pairs(&Checkpoint::open(dir.path()).unwrap())[3]]);
+        assert_eq!(hash(Some(cache.path())), wanted);
+        let files = || {
+            let folder = fs::read_dir(cache.path()).unwrap().next().unwrap().unwrap().path();
+            let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+            files.filter(|path| path.extension().unwrap() == weights).collect::<Vec<_>>()
+        };
+        let [file] = &files()[..] else { panic!("one file an expert: {:?}", files()) };
+        let whole = fs::read(file).unwrap();
+        let made = || fs::metadata(file).unwrap().modified().unwrap();
+        let at_first = made();
+        assert_eq!(hash(Some(cache.path())), wanted);
+        assert_eq!(made(), at_first, "mapped, not made again");
+        let mut flipped = whole.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        let mut other_header = whole.clone();
+        other_header[2] ^= 1;
+        for damaged in [&whole[..whole.len() - 1], &flipped, &other_header, &[]] {
+            fs::write(file, damaged).unwrap();
+            assert_eq!(hash(Some(cache.path())), wanted);
+            assert_eq!(fs::read(file).unwrap(), whole, "made anew");
+        }
+    }
+    // What cannot be written is an error that names the file.
+    let no_folder = dir.path().join("config.json");
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let checkpoint = checkpoint.with_weights("q8".parse().unwrap(), Some(no_folder.clone()));
+    let error = Experts::load(&checkpoint, &pairs(&checkpoint)[..1]).err().unwrap().to_string();
+    assert!(error.contains("cannot write cache file") && error.contains("config.json"), "{error}");
+}
+
+/// A checkpoint that was written anew under the same names has other cache files' contents.
+#[test]
+fn another_checkpoint_of_the_same_names_is_quantized_again() {
+    let dir = copy();
+    let cache = tempfile::tempdir().unwrap();
+    let load = || {
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let checkpoint = checkpoint.with_weights("q8".parse().unwrap(), Some(cache.path().to_owned()));
+        let pair = pairs(&checkpoint)[0];
+        (Experts::load(&checkpoint, &[pair]).unwrap().weights(pair.0, pair.1).unwrap(), pair)
+    };
+    let (before, pair) = load();
+    let (file, at) = place(dir.path(), pair, "up_proj");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[at + 3] ^= 0x01;
+    fs::write(&file, &bytes).unwrap();
+    assert_ne!(load().0, before);
+}
