@@ -1,6 +1,7 @@
 //! `shoal bench`: tokens a second of a cluster of this machine's own, without gateway and tokenizer.
 
 use std::{
+    fmt,
     io::{self, Write as _},
     num::NonZeroUsize,
     path::PathBuf,
@@ -41,10 +42,10 @@ pub(crate) struct Args {
     /// Numbers of expert servers
     #[arg(long, value_delimiter = ',', default_value = "2", value_name = "N,…")]
     experts: Vec<NonZeroUsize>,
-    /// Lengths of prompts whose prefill is timed; none: --prefill=
+    /// Lengths of prompts whose prefill is timed; 0: none
     #[arg(long, value_delimiter = ',', default_value = "512", value_name = "TOKENS,…")]
     prefill: Vec<usize>,
-    /// Numbers of sequences that are decoded together
+    /// Numbers of sequences that are decoded together; 0: none
     #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_name = "N,…")]
     batch: Vec<usize>,
     /// Lengths of the prompts before them
@@ -71,6 +72,15 @@ enum Case {
     Decode { batch: usize, context: usize },
 }
 
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prefill { tokens } => write!(f, "prefill {tokens}"),
+            Self::Decode { batch, context } => write!(f, "decode, batch {batch}, context {context}"),
+        }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Figure {
     #[serde(flatten)]
@@ -87,10 +97,12 @@ struct Figure {
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     ensure!(args.decode >= 2, "--decode must be at least 2: the first token is not timed");
     let model = checkpoint_dir::find(args.model.as_deref())?;
-    let prefill = args.prefill.iter().map(|&tokens| Case::Prefill { tokens });
+    ensure!(!args.context.contains(&0), "--context must be at least 1: no router answers an empty prompt");
+    let prefill = args.prefill.iter().filter(|&&tokens| tokens > 0).map(|&tokens| Case::Prefill { tokens });
     let decode = args
         .batch
         .iter()
+        .filter(|&&batch| batch > 0)
         .flat_map(|&batch| args.context.iter().map(move |&context| Case::Decode { batch, context }));
     let cases: Vec<Case> = prefill.chain(decode).collect();
     // Draws only on a terminal, on stderr.
@@ -105,7 +117,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
             let mut rates = Vec::with_capacity(args.rounds.get());
             for round in 0..=args.rounds.get() {
                 let rate = measure(&client, case, args.decode, &mut prompts).await;
-                let rate = rate.with_context(|| format!("{case:?} with {experts} expert servers"))?;
+                let rate = rate.with_context(|| format!("{case} with {experts} expert servers"))?;
                 if round > 0 {
                     rates.push(rate);
                 }
@@ -234,15 +246,11 @@ fn print(figures: &[Figure], as_json: bool) -> anyhow::Result<()> {
     }
     let mut rows = vec![["EXPERTS", "WEIGHTS", "CASE", "TOKENS/S", "MIN", "MAX"].map(str::to_owned).to_vec()];
     rows.extend(figures.iter().map(|figure| {
-        let case = match figure.case {
-            Case::Prefill { tokens } => format!("prefill {tokens}"),
-            Case::Decode { batch, context } => format!("decode, batch {batch}, context {context}"),
-        };
         let rate = |rate: f64| format!("{rate:.1}");
         vec![
             figure.experts.to_string(),
             figure.weights.to_owned(),
-            case,
+            figure.case.to_string(),
             rate(figure.median),
             rate(figure.min),
             rate(figure.max),

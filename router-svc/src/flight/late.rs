@@ -1,0 +1,107 @@
+//! What a flight does about holders that are late: hedge, fail what is overdue, ask others for what an ejected one owes.
+
+use std::time::Instant;
+
+use cluster::{Health, health::Budget};
+use ids::InstanceId;
+use proto::{Code, Error};
+
+use super::{
+    Flight, Order, Surroundings,
+    log::{Kind, Purpose},
+    pieces::{PieceIdx, Progress, State},
+};
+
+/// Why a piece was not asked of others as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NotHedged {
+    NobodyElse,
+    Budget,
+}
+
+impl Flight {
+    /// `holder` has been ejected: what it owes is asked of others now, and its answers still count if they come first.
+    pub(crate) fn hurry(&mut self, holder: &InstanceId, around: &mut Surroundings<'_>) -> Vec<Order> {
+        let slow = self.pieces.out(|sent| sent.holder == *holder);
+        let waiting = slow.into_iter().filter(|&idx| !self.pieces.is_settled(idx)).collect::<Vec<_>>();
+        let purpose = Purpose { kind: Kind::Failover, cause: Some(format!("{holder} is ejected: silent")) };
+        let mut orders = Vec::new();
+        for idx in waiting {
+            // Where nobody else can, or the budget is spent, its own answer is waited for.
+            if let Ok(more) = self.hedge(idx, &purpose, |health| &mut health.failovers, around) {
+                orders.extend(more);
+            }
+        }
+        orders
+    }
+
+    /// Hedges what is late and fails what is overdue.
+    pub(crate) fn tick(&mut self, around: &mut Surroundings<'_>) -> Vec<Order> {
+        let now = around.now;
+        let mut orders = Vec::new();
+        for idx in self.pieces.out(|sent| sent.expires_at <= now || sent.hedge_at.is_some_and(|at| at <= now))
+        {
+            let State::Out(sent) = &mut self.pieces[idx].state else { continue };
+            if sent.expires_at <= now {
+                let message = format!("no reply from {} within {:?}", sent.holder, around.dispatch_timeout);
+                let error = Error::new(Code::DeadlineExceeded, "dispatch_timeout", message);
+                orders.extend(self.fail(idx, error, around));
+                continue;
+            }
+            sent.hedge_at = None;
+            let n_pairs = self.pieces[idx].slots.len();
+            if self.pieces.is_settled(idx) {
+                continue;
+            }
+            let cause = format!("late by the p95 of frames of {n_pairs} pairs");
+            let purpose = Purpose { kind: Kind::Hedge, cause: Some(cause) };
+            match self.hedge(idx, &purpose, |health| &mut health.hedges, around) {
+                Ok(more) => orders.extend(more),
+                // Later, when there are tokens again, if it is still late then.
+                Err(NotHedged::Budget) => {
+                    if let State::Out(sent) = &mut self.pieces[idx].state {
+                        sent.hedge_at = around.health.hedge_after(n_pairs).map(|after| now + after);
+                    }
+                }
+                Err(NotHedged::NobodyElse) => {}
+            }
+        }
+        orders
+    }
+
+    /// The next moment at which [`Flight::tick`] has something to do.
+    pub(crate) fn next_tick(&self) -> Option<Instant> {
+        let waiting = self.frames.values().filter(|&&idx| !self.pieces.is_settled(idx));
+        waiting
+            .filter_map(|&idx| match &self.pieces[idx].state {
+                State::Out(sent) => Some(sent.hedge_at.map_or(sent.expires_at, |at| at.min(sent.expires_at))),
+                State::Home { .. } | State::Failed | State::Orphaned => None,
+            })
+            .min()
+    }
+
+    /// Asks others for the whole of a piece that is still out.
+    fn hedge(
+        &mut self,
+        idx: PieceIdx,
+        purpose: &Purpose,
+        budget: impl FnOnce(&mut Health) -> &mut Budget,
+        around: &mut Surroundings<'_>,
+    ) -> Result<Vec<Order>, NotHedged> {
+        if self.pieces[idx].covers.iter().any(|cover| self.pieces.cover_progress(cover) == Progress::Waiting)
+        {
+            return Ok(Vec::new());
+        }
+        let (parts, orphans) = self.plan_elsewhere(idx, around);
+        if !orphans.is_empty() {
+            return Err(NotHedged::NobodyElse);
+        }
+        if !budget(around.health).spend(parts.len()) {
+            return Err(NotHedged::Budget);
+        }
+        let mut orders = Vec::with_capacity(parts.len());
+        let cover = self.send_cover(idx, parts, purpose, around, &mut orders);
+        self.pieces[idx].covers.push(cover);
+        Ok(orders)
+    }
+}
