@@ -2,13 +2,14 @@
 //!
 //! Nothing that is not finite leaves here: it becomes an overflow row (exact) or an error that names the expert.
 
-use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 
 use half::bf16;
 use ids::RowIndex;
+use model::threads;
 use proto::{
     Code, Error, Frame,
-    frame::{Assignment, Combine, Grid},
+    frame::{Assignment, Combine},
     rows::{Dtype, Rows},
 };
 
@@ -23,71 +24,17 @@ pub(crate) struct Combined {
     pub(crate) overflow_rows: Vec<RowIndex>,
 }
 
-/// One group's outputs, weighted and, for exact combine, on the grid.
-#[derive(Debug)]
-pub(crate) struct Contributions<'g> {
-    group: &'g Group,
-    /// `[members, hidden]`
-    values: Vec<f32>,
-    overflow_rows: Vec<RowIndex>,
-}
+/// Rows that one thread sums at a time.
+const ROWS_PART: usize = 8;
 
-/// Weighs an expert's `outputs` (`[members, hidden]`) as `frame` asks.
-pub(crate) fn weigh<'g>(
-    frame: &Frame,
-    group: &'g Group,
-    mut outputs: Vec<f32>,
-) -> Result<Contributions<'g>, Error> {
-    let mut overflow_rows = Vec::new();
-    for (&member, output) in group.members.iter().zip(outputs.chunks_exact_mut(frame.rows.width())) {
-        let Assignment { row, weight, .. } = frame.assignments[member];
-        match frame.combine {
-            Combine::Exact(grid) => {
-                if !scale_to_grid(output, weight, grid) {
-                    overflow_rows.push(row);
-                }
-            }
-            Combine::Fast | Combine::Pairs => {
-                if !scale(output, weight) {
-                    return Err(not_finite(format!(
-                        "layer {} expert {} gives row {row} a number that is not finite",
-                        frame.layer, group.expert
-                    )));
-                }
-            }
-        }
-    }
-    Ok(Contributions { group, values: outputs, overflow_rows })
-}
-
-/// `weight * output`, in place; false if any is not finite.
-fn scale(output: &mut [f32], weight: f32) -> bool {
-    output.iter_mut().fold(true, |finite, value| {
-        *value *= weight;
-        finite & value.is_finite()
-    })
-}
-
-/// `weight * output` rounded half to even to whole steps of the grid, in place; false if any is beyond the bound or
-/// not finite. Both products with the step are exact: it is a power of two.
-fn scale_to_grid(output: &mut [f32], weight: f32, grid: Grid) -> bool {
-    let step = grid.step();
-    let per_step = step.recip();
-    output.iter_mut().fold(true, |fits, value| {
-        let contribution = weight * *value;
-        *value = (contribution * per_step).round_ties_even() * step;
-        // Written so that a NaN does not fit.
-        fits & (contribution.abs() <= grid.contribution_max)
-    })
-}
-
-/// The rows of a reply as they come together, one group after the other.
+/// The rows of a reply as they come together, some groups after the others.
 #[derive(Debug)]
 pub(crate) struct Sums<'f> {
     frame: &'f Frame,
     /// `[rows, hidden]`, or `[assignments, hidden]` for [`Combine::Pairs`]
     values: Vec<f32>,
-    overflow_rows: BTreeSet<RowIndex>,
+    /// For each row of `values`: false once a contribution was not finite or did not fit the grid.
+    good: Vec<bool>,
 }
 
 impl<'f> Sums<'f> {
@@ -96,30 +43,62 @@ impl<'f> Sums<'f> {
             Combine::Fast | Combine::Exact(_) => frame.rows.n_rows(),
             Combine::Pairs => frame.assignments.len(),
         };
-        Self { frame, values: vec![0.0; n_rows * frame.rows.width()], overflow_rows: BTreeSet::new() }
+        Self { frame, values: vec![0.0; n_rows * frame.rows.width()], good: vec![true; n_rows] }
     }
 
-    pub(crate) fn add(&mut self, contributions: &Contributions<'_>) {
-        let width = self.frame.rows.width();
-        let Contributions { group, values, overflow_rows } = contributions;
-        for (&member, values) in group.members.iter().zip(values.chunks_exact(width)) {
-            let row = match self.frame.combine {
-                Combine::Fast | Combine::Exact(_) => self.frame.assignments[member].row.index(),
-                Combine::Pairs => member,
-            };
-            let sums = &mut self.values[row * width..(row + 1) * width];
-            for (sum, value) in sums.iter_mut().zip(values) {
-                *sum += value;
+    /// Adds the groups' outputs, `[members, hidden]` each, weighted as the frame asks. A row's are added in the order of
+    /// the groups; rows are shared by the threads.
+    pub(crate) fn add(&mut self, groups: &[&Group], outputs: &[Vec<f32>]) -> Result<(), Error> {
+        let frame = self.frame;
+        let width = frame.rows.width();
+        // By row of `values`: the assignments, and their outputs.
+        let mut contributions: Vec<Vec<(&Assignment, &[f32])>> = vec![Vec::new(); self.good.len()];
+        for (group, outputs) in groups.iter().zip(outputs) {
+            for (&member, output) in group.members.iter().zip(outputs.chunks_exact(width)) {
+                let assignment = &frame.assignments[member];
+                let row = match frame.combine {
+                    Combine::Fast | Combine::Exact(_) => assignment.row.index(),
+                    Combine::Pairs => member,
+                };
+                contributions[row].push((assignment, output));
             }
         }
-        self.overflow_rows.extend(overflow_rows);
+        let bad = Mutex::new(None);
+        let parts = self.values.chunks_mut(ROWS_PART * width).zip(self.good.chunks_mut(ROWS_PART));
+        let parts = parts.zip(contributions.chunks(ROWS_PART)).collect();
+        threads::for_each(parts, |((values, good), contributions)| {
+            for ((sum, good), contributions) in values.chunks_exact_mut(width).zip(good).zip(contributions) {
+                for &(assignment, output) in contributions {
+                    let fits = add(frame.combine, sum, output, assignment.weight);
+                    *good &= fits;
+                    if !fits && !matches!(frame.combine, Combine::Exact(_)) {
+                        let mut bad = bad.lock().unwrap_or_else(PoisonError::into_inner);
+                        let first = bad.get_or_insert(*assignment);
+                        if (assignment.expert, assignment.row) < (first.expert, first.row) {
+                            *first = *assignment;
+                        }
+                    }
+                }
+            }
+        });
+        match bad.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(Assignment { row, expert, .. }) => Err(not_finite(format!(
+                "layer {} expert {expert} gives row {row} a number that is not finite",
+                frame.layer
+            ))),
+        }
     }
 
     /// The reply's rows in the frame's dtype.
     pub(crate) fn finish(mut self) -> Result<Combined, Error> {
         let width = self.frame.rows.width();
-        for row in &self.overflow_rows {
-            self.values[row.index() * width..(row.index() + 1) * width].fill(0.0);
+        let mut overflow_rows = Vec::new();
+        for (row, values) in self.values.chunks_exact_mut(width).enumerate() {
+            if !self.good[row] {
+                values.fill(0.0);
+                overflow_rows.push(RowIndex(row as u32));
+            }
         }
         let dtype = self.frame.rows.dtype();
         let largest = match dtype {
@@ -135,10 +114,15 @@ impl<'f> Sums<'f> {
                 at / width
             )));
         }
-        Ok(Combined {
-            rows: Rows::encode(dtype, width, &self.values),
-            overflow_rows: self.overflow_rows.into_iter().collect(),
-        })
+        Ok(Combined { rows: Rows::encode(dtype, width, &self.values), overflow_rows })
+    }
+}
+
+/// `sum += weight * output` as the mode has it; false if that went wrong.
+fn add(combine: Combine, sum: &mut [f32], output: &[f32], weight: f32) -> bool {
+    match combine {
+        Combine::Exact(grid) => model::add_on_grid(sum, output, weight, grid.step(), grid.contribution_max),
+        Combine::Fast | Combine::Pairs => model::add_weighted(sum, output, weight),
     }
 }
 
@@ -149,6 +133,7 @@ fn not_finite(message: String) -> Error {
 #[cfg(test)]
 mod tests {
     use ids::{ExpertId, FrameId, LayerId};
+    use proto::frame::Grid;
 
     use super::*;
     use crate::group::group;
@@ -173,7 +158,7 @@ mod tests {
         let groups = group(&frame.assignments);
         let mut sums = Sums::new(frame);
         for (group, outputs) in groups.iter().zip(outputs) {
-            sums.add(&weigh(frame, group, outputs.to_vec())?);
+            sums.add(&[group], &[outputs.to_vec()])?;
         }
         let combined = sums.finish()?;
         assert_eq!(combined.rows.dtype(), frame.rows.dtype());

@@ -1,17 +1,19 @@
 //! The sync core: frames of all streams wait in one bounded queue and are computed one after the other, each by all
 //! threads. Knows no gRPC and no tensors.
 //!
-//! One at a time, because a frame alone can use the whole memory bandwidth, and because two at once would finish
-//! late together: a thread that waits for its part of the first may steal the whole second.
+//! One at a time, because a frame alone can use the whole memory bandwidth, and because two at once would finish late
+//! together.
 
 use std::{
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
+use model::Threads;
 use proto::{Code, Error, Frame, Reply, frame::Computed};
-use rayon::{ThreadPoolBuildError, ThreadPoolBuilder};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
@@ -48,23 +50,23 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn start(
-        threads: usize,
+        threads: Threads,
         compute: Arc<Compute>,
         clock: Clock,
         observers: Observers,
-    ) -> Result<Self, ThreadPoolBuildError> {
-        let pool =
-            ThreadPoolBuilder::new().num_threads(threads).thread_name(|at| format!("expert-{at}")).build()?;
+    ) -> io::Result<Self> {
         let (queue, mut jobs) = mpsc::channel::<Job>(FRAMES_QUEUED_MAX);
         let (ending, ended) = oneshot::channel();
-        // The loop is itself a task of the pool: its thread computes too, and what is too small to share is
-        // computed without a thread being woken. The pool lives as long as the loop.
-        pool.spawn(move || {
-            while let Some(job) = jobs.blocking_recv() {
-                job.run(&*compute, &*clock, &observers);
-            }
+        // This thread computes too, and what is too small to share is computed without another one being woken.
+        let serve = move || {
+            threads.install(|| {
+                while let Some(job) = jobs.blocking_recv() {
+                    job.run(&*compute, &*clock, &observers);
+                }
+            });
             drop(ending);
-        });
+        };
+        thread::Builder::new().name("expert".to_owned()).spawn(serve)?;
         Ok(Self { queue, ended })
     }
 

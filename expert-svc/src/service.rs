@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroUsize,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -10,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 use cluster::Session;
 use ids::InstanceId;
-use model::Checkpoint;
+use model::{Checkpoint, Threads};
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
@@ -70,10 +71,8 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let shard = tokio::task::spawn_blocking(open_it).await.context("opening the checkpoint panicked")??;
     let shard = Arc::new(shard);
 
-    let threads = match args.threads {
-        Some(threads) => threads.get(),
-        None => std::thread::available_parallelism().context("cannot count the cores; give --threads")?.get(),
-    };
+    let threads = Threads::start(threads(args.threads)?, 0)?;
+    let n_threads = threads.n();
     let compute = Arc::clone(&shard);
     let delay = args.chaos_delay;
     let compute = move |frame: &_| {
@@ -86,7 +85,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let counters = Arc::new(Counters::default());
     let streams = Streams::new(shard.hidden_size(), engine.queue(), counters, system_clock(), tasks.clone());
     let instance = InstanceId::from(process.instance.as_str());
-    tracing::info!(%instance, %address, advertised, threads, "listening");
+    tracing::info!(%instance, %address, advertised, threads = n_threads, "listening");
 
     // The registry is left last: its tasks outlive the others.
     let registered = Tasks::new();
@@ -125,6 +124,13 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         tracing::warn!("the registry's tasks do not end");
     }
     Ok(())
+}
+
+fn threads(wanted: Option<NonZeroUsize>) -> anyhow::Result<NonZeroUsize> {
+    match wanted {
+        Some(threads) => Ok(threads),
+        None => std::thread::available_parallelism().context("cannot count the cores; give --threads"),
+    }
 }
 
 fn memory_bytes_max(args: &Args) -> anyhow::Result<u64> {

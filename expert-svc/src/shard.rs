@@ -5,14 +5,13 @@ mod held;
 use std::collections::BTreeMap;
 
 use ids::WeightsHash;
-use model::expert::Expert;
+use model::{expert::Expert, threads};
 use proto::{Code, Error, Frame, frame::Combine, rows::Dtype};
-use rayon::prelude::*;
 
 pub(crate) use held::{Held, Shard, describe};
 
 use crate::{
-    combine::{Combined, Sums, weigh},
+    combine::{Combined, Sums},
     group::{Group, gather, group},
 };
 
@@ -31,21 +30,36 @@ impl Shard {
         let work = work(&held, frame, &groups)?;
         let rows = frame.rows.to_f32(); // [rows, hidden]
         let mut sums = Sums::new(frame);
-        // As many groups at once as there are threads: the outputs held never exceed that many frames.
-        for work in work.chunks(rayon::current_num_threads()) {
-            let contributions: Vec<_> = work
-                .par_iter()
-                .map(|&(group, expert)| {
-                    let gathered = gather(group, &frame.assignments, &rows, self.hidden_size()); // [members, hidden]
-                    weigh(frame, group, expert.forward(&gathered))
-                })
-                .collect();
-            for contributions in contributions {
-                sums.add(&contributions?);
-            }
+        for work in batches(&work) {
+            let (groups, experts): (Vec<_>, Vec<_>) = work.iter().copied().unzip();
+            let gathered = threads::map(groups.len(), |at| {
+                gather(groups[at], &frame.assignments, &rows, self.hidden_size()) // [members, hidden]
+            });
+            let gathered: Vec<_> = experts.into_iter().zip(gathered.iter().map(Vec::as_slice)).collect();
+            sums.add(&groups, &Expert::forward(&gathered))?;
         }
         sums.finish()
     }
+}
+
+/// Pairs computed at once: the memory that they take follows.
+const PAIRS_MAX: usize = 512;
+
+/// As many groups at once as have at most [`PAIRS_MAX`] members, but one at least.
+fn batches<'w, 'g>(
+    mut work: &'w [(&'g Group, &'g Expert)],
+) -> impl Iterator<Item = &'w [(&'g Group, &'g Expert)]> {
+    std::iter::from_fn(move || {
+        let mut n_pairs = 0;
+        let fit = work.iter().take_while(|(group, _)| {
+            n_pairs += group.members.len();
+            n_pairs <= PAIRS_MAX
+        });
+        let n = fit.count().max(1).min(work.len());
+        let (batch, rest) = work.split_at(n);
+        work = rest;
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 /// Each group with its expert, or what is wrong with them: nothing is computed for a frame that cannot be answered.

@@ -124,7 +124,7 @@ pub struct Args {
     pub expert_metrics: bool,
     /// Compute threads [default: one for each core]
     #[arg(long, env = "SHOAL_THREADS")]
-    pub threads: Option<usize>,
+    pub threads: Option<NonZeroUsize>,
     /// How long running requests may take to finish after SIGTERM
     #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,
@@ -176,7 +176,6 @@ impl Args {
             ("--running-max", self.running_max),
             ("--pages", self.pages.unwrap_or(1)),
             ("--context-max", self.context_max.unwrap_or(1)),
-            ("--threads", self.threads.unwrap_or(1)),
         ]
         .into_iter()
         .filter_map(|(flag, value)| (value == 0).then_some(flag))

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use cluster::{Record, Role, Session, State, placement::Goal};
 use ids::InstanceId;
-use model::{Backbone, Checkpoint};
+use model::{Backbone, Checkpoint, Threads};
 use proto::v1::{self, router_server::RouterServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
@@ -32,9 +32,11 @@ use crate::{
 /// and `Status` says which.
 pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
     let tasks = process.tasks.clone();
-    if let Some(threads) = args.threads {
-        model::set_threads(threads).context("cannot set the number of compute threads")?;
-    }
+    let threads = match args.threads {
+        Some(threads) => threads,
+        None => std::thread::available_parallelism().context("cannot count the cores; give --threads")?,
+    };
+    let threads = Threads::start(threads, 0)?;
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("the listening socket has no address")?;
@@ -71,7 +73,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let engine = Engine::new(Arc::new(backbone), &limits, remote, Arc::clone(&stats), observers);
     let engine = std::thread::Builder::new()
         .name("engine".into())
-        .spawn(move || engine.run(&inbox))
+        .spawn(move || threads.install(|| engine.run(&inbox)))
         .context("cannot start the engine's thread")?;
 
     let identity =

@@ -99,7 +99,14 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Names the instruction set that kernels compute with, for comparison. No flag: processes that are started from here
+/// must see it too.
+const ISA_VARIABLE: &str = "SHOAL_ISA";
+
 fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
+    if let Some(name) = std::env::var_os(ISA_VARIABLE) {
+        model::Isa::choose(&name.to_string_lossy()).context(ISA_VARIABLE)?;
+    }
     match command {
         Command::Gateway(service) => process::serve(log, "gateway", service.process, |process, ready| {
             gateway::run(service.args, process, ready)

@@ -172,9 +172,9 @@ impl Expert {
         self.weights
     }
 
-    /// A group of rows `[rows, hidden]` → `[rows, hidden]`: down(silu(gate x) · up x), unweighted.
+    /// Groups of rows, each with its expert: `[rows, hidden]` → `[rows, hidden]`, down(silu(gate x) · up x), unweighted.
     #[must_use]
-    pub fn forward(&self, rows: &[f32]) -> Vec<f32> {
-        self.mlp.apply(rows)
+    pub fn forward(groups: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
+        Mlp::apply_list(&groups.iter().map(|(expert, rows)| (&expert.mlp, *rows)).collect::<Vec<_>>())
     }
 }

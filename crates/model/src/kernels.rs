@@ -5,16 +5,28 @@
 //! Each kernel is written once ([`generic`]) and compiled for each instruction set: the twins cannot drift apart. The
 //! only module with `unsafe`, for the calls into code that needs a detected instruction set.
 
+mod columns;
 mod generic;
 pub(crate) mod packed;
+pub mod threads;
+
+use std::sync::OnceLock;
 
 use half::bf16;
-use rayon::prelude::*;
 
-pub(crate) use generic::{layer_norm, sigmoid};
+use crate::Error;
 
-/// Multiply-adds below which a product is not worth a second thread: some 50 µs of one core.
-const PARALLEL_FROM: usize = 1 << 19;
+pub(crate) use columns::Columns;
+pub(crate) use generic::{Attended, HEADS_MAX, layer_norm, sigmoid};
+
+/// Multiply-adds below which products are not worth a second thread: some 20 µs of one core.
+const PARALLEL_FROM: usize = 1 << 18;
+
+/// Into how many tasks products are cut for each thread: what a thread that was late leaves to the others is small.
+const TASKS_PER_THREAD: usize = 6;
+
+/// Outputs that are never cut apart.
+const UNIT: usize = packed::OUTPUTS;
 
 /// A stored number, read as f32 exactly.
 pub(crate) trait Weight: Copy + Send + Sync + 'static {
@@ -36,6 +48,8 @@ impl Weight for bf16 {
     }
 }
 
+static ISA: OnceLock<Isa> = OnceLock::new();
+
 /// The instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -49,9 +63,30 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best one that this machine has. Cheap: std remembers what it detected.
+    /// The one to compute with: the best one that this machine has, or the one that was chosen.
     #[must_use]
     pub fn detect() -> Self {
+        *ISA.get_or_init(Self::best)
+    }
+
+    /// Computes with the one of that name from now on, for comparison. Once a process, before anything is computed.
+    ///
+    /// # Errors
+    /// This machine does not have it, or another one is in use.
+    pub fn choose(name: &str) -> Result<(), Error> {
+        let all = Self::all();
+        let Some(isa) = all.iter().find(|isa| isa.name() == name) else {
+            let names: Vec<_> = all.into_iter().map(Self::name).collect();
+            return Err(Error::new(format!("this machine has {}, not {name}", names.join(", "))));
+        };
+        let used = *ISA.get_or_init(|| *isa);
+        if used != *isa {
+            return Err(Error::new(format!("{} is in use, not {name}", used.name())));
+        }
+        Ok(())
+    }
+
+    fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             if std::arch::is_x86_feature_detected!("avx512f")
@@ -66,6 +101,28 @@ impl Isa {
             }
         }
         Self::Baseline
+    }
+
+    /// Every one that this machine has.
+    pub(crate) fn all() -> Vec<Self> {
+        match Self::best() {
+            Self::Baseline => vec![Self::Baseline],
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => vec![Self::Baseline, Self::Avx2],
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => vec![Self::Baseline, Self::Avx2, Self::Avx512],
+        }
+    }
+
+    /// True if it multiplies many rows from numbers of 16 bits.
+    pub(crate) const fn widens(self) -> bool {
+        match self {
+            Self::Baseline => false,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => false,
+        }
     }
 
     #[must_use]
@@ -137,10 +194,6 @@ dispatch! {
     fn matmul<W>(x: &[f32], w: &[W], width: usize, y: &mut [f32])
 }
 dispatch! {
-    /// `y += a * x`, each element fused.
-    pub(crate) fn axpy<W>(a: f32, x: &[W], y: &mut [f32])
-}
-dispatch! {
     /// Scalar products of `x` with each row of `w` `[rows, x.len()]`.
     pub(crate) fn dot<W>(x: &[f32], w: &[W]) -> f32
 }
@@ -158,38 +211,92 @@ dispatch! {
     pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32>
 }
 
-/// `x` `[rows, width]` times `w` `[outputs, width]` transposed, plus `bias` → `[rows, outputs]`.
-pub(crate) fn linear<W: Weight>(x: &[f32], w: &[W], width: usize, bias: Option<&[f32]>) -> Vec<f32> {
-    let isa = Isa::detect();
-    let (n_rows, n_outputs) = (x.len() / width, w.len() / width);
-    let mut y = vec![0.0; n_rows * n_outputs];
-    let threads = rayon::current_num_threads();
-    if threads == 1 || n_rows * w.len() < PARALLEL_FROM {
-        matmul(isa, x, w, width, &mut y);
-    } else {
-        // Threads share the outputs, so that each weight is read once.
-        let share = n_outputs.div_ceil(threads * 4).max(4);
-        let parts: Vec<Vec<f32>> = w
-            .par_chunks(share * width)
-            .map(|w| {
-                let mut part = vec![0.0; n_rows * (w.len() / width)];
-                matmul(isa, x, w, width, &mut part);
-                part
-            })
-            .collect();
-        for (at, part) in parts.iter().enumerate() {
-            let n = part.len() / n_rows;
-            for (row, values) in part.chunks_exact(n).enumerate() {
-                y[row * n_outputs + at * share..][..n].copy_from_slice(values);
+dispatch! {
+    /// `sum += weight * values`; false if any of the products is not finite.
+    pub fn add_weighted(sum: &mut [f32], values: &[f32], weight: f32) -> bool
+}
+dispatch! {
+    /// `sum += weight * values`, the products rounded half to even to whole multiples of `step`, a power of two; false if
+    /// any is beyond `max` or no number.
+    pub fn add_on_grid(sum: &mut [f32], values: &[f32], weight: f32, step: f32, max: f32) -> bool
+}
+dispatch! {
+    /// One row's heads over some positions; see [`Attended`].
+    pub(crate) fn attend(q: &[f32], rows: &[&[f32]], scale: f32, attended: &mut Attended<'_>)
+}
+
+/// Rows `[rows, width]` and a matrix `[outputs, width]` that they are multiplied with.
+pub(crate) struct Product<'a> {
+    pub(crate) rows: &'a [f32],
+    pub(crate) width: usize,
+    pub(crate) outputs: usize,
+    pub(crate) matrix: Matrix<'a>,
+}
+
+/// A matrix `[outputs, width]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Matrix<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    /// With the rows, quantized.
+    Packed { bits: packed::Bits, bytes: &'a [u8], rows: &'a packed::Rows },
+}
+
+impl Product<'_> {
+    fn n_rows(&self) -> usize {
+        self.rows.len() / self.width
+    }
+
+    /// Multiply-adds.
+    fn work(&self) -> usize {
+        self.rows.len() * self.outputs
+    }
+
+    fn compute(&self, isa: Isa, y: &mut Columns<'_>) {
+        match self.matrix {
+            Matrix::F32(w) => self.compute_stored(isa, w, y),
+            Matrix::Bf16(w) => self.compute_stored(isa, w, y),
+            Matrix::Packed { bits, bytes, rows } => {
+                let panels = y.range().start / UNIT..y.range().end.div_ceil(UNIT);
+                packed::rows_with_panels(isa, bits, rows, bytes, self.width, panels, y);
             }
         }
     }
-    if let Some(bias) = bias {
-        for row in y.chunks_exact_mut(n_outputs) {
-            row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+
+    fn compute_stored<W: Weight>(&self, isa: Isa, w: &[W], y: &mut Columns<'_>) {
+        let outputs = y.range();
+        let mut part = vec![0.0; self.n_rows() * outputs.len()];
+        let w = &w[outputs.start * self.width..outputs.end * self.width];
+        matmul(isa, self.rows, w, self.width, &mut part);
+        for (row, part) in part.chunks_exact(outputs.len()).enumerate() {
+            y.row(row).copy_from_slice(part);
         }
     }
-    y
+}
+
+/// Rows times matrices transposed, `[rows, outputs]` each: all of them one job of the threads, which share the outputs, so
+/// that each weight is read once.
+pub(crate) fn products(list: &[Product<'_>]) -> Vec<Vec<f32>> {
+    let isa = Isa::detect();
+    let work: usize = list.iter().map(Product::work).sum();
+    let n_threads = if work < PARALLEL_FROM { 1 } else { threads::count() };
+    let tasks_wanted = if n_threads == 1 { 1 } else { n_threads * TASKS_PER_THREAD };
+    let mut results: Vec<_> =
+        list.iter().map(|product| vec![0.0; product.n_rows() * product.outputs]).collect();
+    let mut tasks = Vec::with_capacity(tasks_wanted + list.len());
+    for (product, y) in list.iter().zip(&mut results) {
+        let n_units = product.outputs.div_ceil(UNIT);
+        let n_tasks = (product.work() * tasks_wanted).div_ceil(work.max(1)).clamp(1, n_units.max(1));
+        let share = n_units.div_ceil(n_tasks) * UNIT;
+        tasks.extend(Columns::split(y, product.outputs, share).map(|columns| (product, columns)));
+    }
+    let compute = |(product, mut columns): (&Product<'_>, Columns<'_>)| product.compute(isa, &mut columns);
+    if n_threads == 1 {
+        tasks.into_iter().for_each(compute);
+    } else {
+        threads::for_each(tasks, compute);
+    }
+    results
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::{
         packed::{Shape, Weights},
     },
     gate::Gate,
-    kernels::{packed::Bits, rms_norm, silu_mul},
+    kernels::{packed::Bits, rms_norm, silu_mul, threads},
     rope::Rotary,
     storage::{Input, Linear},
 };
@@ -156,10 +156,20 @@ impl Mlp {
     /// `[rows, hidden]` → `[rows, hidden]`
     #[must_use]
     pub fn apply(&self, normed: &[f32]) -> Vec<f32> {
-        let normed = Input::new(normed);
-        let mut gate = self.gate_proj.apply_to(&normed, None);
-        silu_mul(&mut gate, &self.up_proj.apply_to(&normed, None));
-        self.down_proj.apply(&gate, None)
+        Self::apply_list(&[(self, normed)]).pop().unwrap_or_default()
+    }
+
+    /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down.
+    pub(crate) fn apply_list(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
+        let inputs: Vec<Input<'_>> = list.iter().map(|(_, rows)| Input::new(rows)).collect();
+        let mlps = list.iter().map(|(mlp, _)| *mlp);
+        let both = mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [(&mlp.gate_proj, x), (&mlp.up_proj, x)]);
+        let mut gated = Linear::apply_list(&both.collect::<Vec<_>>());
+        let (pairs, _) = gated.as_chunks_mut::<2>();
+        threads::for_each(pairs.iter_mut().collect(), |[gate, up]| silu_mul(gate, up));
+        let gated: Vec<Input<'_>> = gated.iter().step_by(2).map(|gate| Input::new(gate)).collect();
+        let down = mlps.zip(&gated).map(|(mlp, gated)| (&mlp.down_proj, gated));
+        Linear::apply_list(&down.collect::<Vec<_>>())
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a checkpoint is and how it is computed: arithmetic only. Synchronous; no clock, no network, no global.
+//! What a checkpoint is and how it is computed: arithmetic only. Synchronous; no clock, no network.
 
 mod attention;
 pub mod backbone;
@@ -17,7 +17,11 @@ pub use checkpoint::{Checkpoint, packed::Weights};
 pub use config::ModelConfig;
 pub use expert::Experts;
 pub use gate::Assignments;
-pub use kernels::{Isa, packed::Bits};
+pub use kernels::{
+    Isa, add_on_grid, add_weighted,
+    packed::Bits,
+    threads::{self, Threads},
+};
 pub use layer::{FeedForward, Layer, Mlp, Moe};
 pub use pages::{Pages, Span};
 
@@ -30,13 +34,4 @@ impl Error {
     pub(crate) fn new(message: String) -> Self {
         Self(message)
     }
-}
-
-/// Computes with `n` threads from now on; once per process, before anything is computed.
-pub fn set_threads(n: usize) -> Result<(), Error> {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(n)
-        .thread_name(|index| format!("compute-{index}"))
-        .build_global()
-        .map_err(|error| Error(format!("cannot start {n} compute threads: {error}")))
 }

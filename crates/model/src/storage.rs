@@ -8,8 +8,9 @@ use memmap2::Mmap;
 use crate::{
     checkpoint::packed::Blob,
     kernels::{
-        Isa, Weight, axpy, linear,
+        Matrix, Product, Weight,
         packed::{self, Bits},
+        products,
     },
 };
 
@@ -41,14 +42,21 @@ pub(crate) struct Stored {
 #[derive(Clone, Debug)]
 enum Values {
     Mapped(Stored),
-    /// Not aligned in the file: copied once.
+    /// Copied once: not aligned in the file, or in another order there.
     Copied(Vec<f32>),
+    CopiedHalves(Vec<bf16>),
     Packed {
         blob: Arc<Blob>,
         bytes: Range<usize>,
         bits: Bits,
-        outputs: usize,
     },
+}
+
+/// The same as slices.
+enum View<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    Packed(Bits, &'a [u8]),
 }
 
 /// Rows that several matrices are multiplied with: quantized once, when the first of them asks.
@@ -61,39 +69,18 @@ impl<'a> Input<'a> {
     pub(crate) const fn new(rows: &'a [f32]) -> Self {
         Self { rows, quantized: OnceCell::new() }
     }
+
+    fn quantized(&self, width: usize) -> &packed::Rows {
+        self.quantized.get_or_init(|| packed::Rows::quantize(self.rows, width))
+    }
 }
 
 /// A matrix `[outputs, width]`, one row an output.
 #[derive(Clone, Debug)]
 pub(crate) struct Linear {
     values: Values,
+    outputs: usize,
     width: usize,
-}
-
-/// Runs `$body` with the numbers as a slice of their own type, or `$packed` with a packed matrix.
-macro_rules! with_values {
-    ($values:expr, |$w:ident| $body:expr, |$bits:ident, $bytes:ident, $outputs:ident| $packed:expr) => {
-        match $values {
-            Values::Packed { blob, bytes, bits: $bits, outputs: $outputs } => {
-                let $bytes = &blob.bytes()[bytes.clone()];
-                $packed
-            }
-            Values::Copied($w) => $body,
-            Values::Mapped(stored) => {
-                let bytes = &stored.map[stored.bytes.clone()];
-                match stored.dtype {
-                    Dtype::F32 => {
-                        let $w: &[f32] = bytemuck::cast_slice(bytes);
-                        $body
-                    }
-                    Dtype::Bf16 => {
-                        let $w: &[bf16] = bytemuck::cast_slice(bytes);
-                        $body
-                    }
-                }
-            }
-        }
-    };
 }
 
 impl Stored {
@@ -131,10 +118,11 @@ impl Stored {
 
 impl Linear {
     pub(crate) fn new(stored: Stored, width: usize) -> Self {
+        let outputs = stored.bytes.len() / stored.dtype.bytes() / width;
         // Files are little endian; on a big-endian machine every tensor is copied.
         let usable = stored.is_aligned() && cfg!(target_endian = "little");
         let values = if usable { Values::Mapped(stored) } else { Values::Copied(stored.to_f32()) };
-        Self { values, width }
+        Self { values, outputs, width }
     }
 
     /// A packed matrix `[outputs, width]` at `bytes` of a unit.
@@ -145,7 +133,7 @@ impl Linear {
         outputs: usize,
         width: usize,
     ) -> Self {
-        Self { values: Values::Packed { blob, bytes, bits, outputs }, width }
+        Self { values: Values::Packed { blob, bytes, bits }, outputs, width }
     }
 
     /// Where its whole unit is in memory, if it is packed.
@@ -155,55 +143,97 @@ impl Linear {
                 let start = blob.bytes().as_ptr() as usize;
                 Some(start..start + blob.bytes().len())
             }
-            Values::Mapped(_) | Values::Copied(_) => None,
+            Values::Mapped(_) | Values::Copied(_) | Values::CopiedHalves(_) => None,
+        }
+    }
+
+    fn view(&self) -> View<'_> {
+        match &self.values {
+            Values::Packed { blob, bytes, bits } => View::Packed(*bits, &blob.bytes()[bytes.clone()]),
+            Values::Copied(w) => View::F32(w),
+            Values::CopiedHalves(w) => View::Bf16(w),
+            Values::Mapped(Stored { map, bytes, dtype: Dtype::F32 }) => {
+                View::F32(bytemuck::cast_slice(&map[bytes.clone()]))
+            }
+            Values::Mapped(Stored { map, bytes, dtype: Dtype::Bf16 }) => {
+                View::Bf16(bytemuck::cast_slice(&map[bytes.clone()]))
+            }
         }
     }
 
     /// `x` `[rows, width]` → `[rows, outputs]`.
     pub(crate) fn apply(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
-        self.apply_to(&Input::new(x), bias)
+        let [mut y] = Self::apply_all([(self, &Input::new(x))]);
+        add_bias(&mut y, bias);
+        y
     }
 
-    /// The same for rows that other matrices are multiplied with too.
-    pub(crate) fn apply_to(&self, x: &Input<'_>, bias: Option<&[f32]>) -> Vec<f32> {
-        with_values!(&self.values, |w| linear(x.rows, w, self.width, bias), |bits, packed, outputs| {
-            let rows = x.quantized.get_or_init(|| packed::Rows::quantize(x.rows, self.width));
-            let mut y = packed::matmul(*bits, rows, packed, self.width, *outputs);
-            if let Some(bias) = bias {
-                for row in y.chunks_exact_mut(*outputs) {
-                    row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
-                }
-            }
-            y
-        })
+    /// Several matrices, each with its rows, as one job of the threads.
+    pub(crate) fn apply_all<const N: usize>(list: [(&Self, &Input<'_>); N]) -> [Vec<f32>; N] {
+        let mut results = Self::apply_list(&list).into_iter();
+        std::array::from_fn(|_| results.next().unwrap_or_default())
     }
 
-    /// The same with some of the outputs alone, of a matrix as it is stored.
-    pub(crate) fn apply_outputs(&self, x: &[f32], outputs: Range<usize>) -> Vec<f32> {
-        let of = outputs.start * self.width..outputs.end * self.width;
-        with_values!(&self.values, |w| linear(x, &w[of], self.width, None), |_bits, _packed, _outputs| {
-            unreachable!("a packed matrix is applied whole")
-        })
+    /// The same for a list.
+    pub(crate) fn apply_list(list: &[(&Self, &Input<'_>)]) -> Vec<Vec<f32>> {
+        products(&list.iter().map(|(matrix, x)| matrix.product(x)).collect::<Vec<_>>())
     }
 
-    /// `x` `[outputs.len()]` times those rows of a matrix as it is stored: `sum` `[width] += Σ x[i] * row[i]`, in order.
-    pub(crate) fn add_rows(&self, x: &[f32], outputs: Range<usize>, sum: &mut [f32]) {
-        let isa = Isa::detect();
-        with_values!(
-            &self.values,
-            |w| for (x, row) in x.iter().zip(outputs) {
-                axpy(isa, *x, &w[row * self.width..][..self.width], sum);
-            },
-            |_bits, _packed, _outputs| unreachable!("a packed matrix is applied whole")
-        );
+    fn product<'a>(&'a self, x: &'a Input<'_>) -> Product<'a> {
+        let Self { outputs, width, .. } = *self;
+        let matrix = match self.view() {
+            View::F32(w) => Matrix::F32(w),
+            View::Bf16(w) => Matrix::Bf16(w),
+            View::Packed(bits, bytes) => Matrix::Packed { bits, bytes, rows: x.quantized(width) },
+        };
+        Product { rows: x.rows, width, outputs, matrix }
     }
 
     /// Appends one row of the matrix as f32.
     pub(crate) fn extend_row(&self, row: usize, out: &mut Vec<f32>) {
-        with_values!(
-            &self.values,
-            |w| out.extend(w[row * self.width..][..self.width].iter().map(|value| value.to_f32())),
-            |bits, packed, _outputs| packed::unpack_row(*bits, packed, self.width, row, out)
-        );
+        let numbers = row * self.width..(row + 1) * self.width;
+        match self.view() {
+            View::F32(w) => out.extend_from_slice(&w[numbers]),
+            View::Bf16(w) => out.extend(w[numbers].iter().map(|value| value.to_f32())),
+            View::Packed(bits, packed) => packed::unpack_row(bits, packed, self.width, row, out),
+        }
+    }
+
+    /// Some outputs of a matrix as it is stored.
+    pub(crate) fn rows(&self, outputs: Range<usize>) -> Self {
+        let n_outputs = outputs.len();
+        let numbers = outputs.start * self.width..outputs.end * self.width;
+        let values = match (&self.values, self.view()) {
+            (Values::Mapped(Stored { map, bytes, dtype }), _) => {
+                let start = bytes.start + numbers.start * dtype.bytes();
+                let bytes = start..start + numbers.len() * dtype.bytes();
+                Values::Mapped(Stored { map: Arc::clone(map), bytes, dtype: *dtype })
+            }
+            (_, View::F32(w)) => Values::Copied(w[numbers].to_vec()),
+            (_, View::Bf16(w)) => Values::CopiedHalves(w[numbers].to_vec()),
+            (_, View::Packed(..)) => unreachable!("a packed matrix is not cut"),
+        };
+        Self { values, outputs: n_outputs, width: self.width }
+    }
+
+    /// Some outputs of a matrix as it is stored, the other way round: `[width, outputs]`.
+    pub(crate) fn transposed(&self, outputs: Range<usize>) -> Self {
+        let n_outputs = outputs.len();
+        let order = || (0..self.width).flat_map(|at| outputs.clone().map(move |output| output * self.width + at));
+        let values = match self.view() {
+            View::F32(w) => Values::Copied(order().map(|at| w[at]).collect()),
+            View::Bf16(w) => Values::CopiedHalves(order().map(|at| w[at]).collect()),
+            View::Packed(..) => unreachable!("a packed matrix is not turned"),
+        };
+        Self { values, outputs: self.width, width: n_outputs }
+    }
+}
+
+/// `y` `[rows, bias.len()] += bias`.
+pub(crate) fn add_bias(y: &mut [f32], bias: Option<&[f32]>) {
+    if let Some(bias) = bias {
+        for row in y.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+        }
     }
 }

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use ids::{ExpertId, LayerId, PageIndex};
-use model::{Backbone, Checkpoint, Experts, FeedForward, Pages, Span};
+use model::{Backbone, Checkpoint, Experts, FeedForward, Pages, Span, expert::Expert};
 use safetensors::SafeTensors;
 
 const PAGE_POSITIONS: usize = 16;
@@ -122,10 +122,10 @@ impl Fixture {
                         let mut routed = vec![0.0; width];
                         for slot in row * assignments.top_k..(row + 1) * assignments.top_k {
                             let expert = self.experts.get(layer.id(), assignments.experts[slot]).unwrap();
-                            let output = expert.forward(&normed[row * width..][..width]);
+                            let output = Expert::forward(&[(expert, &normed[row * width..][..width])]);
                             routed
                                 .iter_mut()
-                                .zip(output)
+                                .zip(&output[0])
                                 .for_each(|(sum, y)| *sum += assignments.weights[slot] * y);
                         }
                         update.iter_mut().zip(routed).for_each(|(sum, y)| *sum += y);

@@ -51,7 +51,8 @@ impl Server {
         let now = Arc::new(Mutex::new(tokio::time::Instant::now().into_std()));
         let hand = Arc::clone(&now);
         let clock: Clock = Arc::new(move || *hand.lock().unwrap());
-        let engine = Engine::start(1, Arc::new(compute), Arc::clone(&clock), quiet()).unwrap();
+        let threads = model::Threads::start(std::num::NonZeroUsize::MIN, 0).unwrap();
+        let engine = Engine::start(threads, Arc::new(compute), Arc::clone(&clock), quiet()).unwrap();
         let streams =
             Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, Tasks::new());
         streams.admit();

@@ -1,8 +1,7 @@
 //! DSA indexer: which positions attention may read. score(t, s) = Σ_h w[t, h] · relu(q[t, h] · k[s]) / sqrt(d), and the
 //! `index_topk` best positions are read (DeepSeek-V3.2 §2.1).
 
-use ids::PageIndex;
-
+use super::mla::Reader;
 use crate::{
     Error, ModelConfig,
     checkpoint::Checkpoint,
@@ -10,7 +9,7 @@ use crate::{
     kernels::{Isa, dot, layer_norm},
     pages::Rows,
     rope::Rotary,
-    storage::Linear,
+    storage::{Input, Linear},
 };
 
 /// `nn.LayerNorm`'s epsilon in the reference.
@@ -59,37 +58,38 @@ impl Indexer {
     }
 
     /// Index keys `[rows, head_dim]`, not yet rotated.
-    pub(crate) fn keys(&self, normed: &[f32]) -> Vec<f32> {
-        layer_norm(&self.wk.apply(normed, None), &self.k_norm_weight, &self.k_norm_bias, K_NORM_EPS)
+    pub(crate) fn keys(&self, normed: &Input<'_>) -> Vec<f32> {
+        let [keys] = Linear::apply_all([(&self.wk, normed)]);
+        layer_norm(&keys, &self.k_norm_weight, &self.k_norm_bias, K_NORM_EPS)
     }
 
-    /// `q_resid` is `q_a_layernorm(q_a_proj(x))` `[rows, q_lora_rank]`; `positions` one a row.
-    pub(crate) fn queries(
+    /// `q_resid` is `q_a_layernorm(q_a_proj(x))` `[rows, q_lora_rank]`.
+    pub(super) fn queries(
         &self,
-        normed: &[f32],
+        normed: &Input<'_>,
         q_resid: &[f32],
-        positions: &[usize],
+        readers: &[Reader<'_>],
         rotary: &Rotary,
     ) -> IndexQueries {
         let config::Indexer { index_n_heads, index_head_dim, .. } = self.sizes;
-        let mut q = self.wq_b.apply(q_resid, None);
+        let q_resid = Input::new(q_resid);
+        let [mut q, mut weights] =
+            Linear::apply_all([(&self.wq_b, &q_resid), (&self.weights_proj, normed)]);
         for (head, q) in q.chunks_exact_mut(index_head_dim).enumerate() {
-            rotary.rotate_half_split(q, positions[head / index_n_heads]);
+            rotary.rotate_half_split(q, readers[head / index_n_heads].position);
         }
-        let mut weights = self.weights_proj.apply(normed, None);
         let scale = (index_n_heads as f32).powf(-0.5);
         weights.iter_mut().for_each(|weight| *weight *= scale);
         IndexQueries { q, weights }
     }
 
-    /// The positions that the row at `position` reads, ascending. None: all up to its own.
-    pub(crate) fn select(
+    /// The positions that `row` reads, ascending. None: all up to its own.
+    pub(super) fn select(
         &self,
         queries: &IndexQueries,
         row: usize,
-        position: usize,
+        Reader { position, pages }: Reader<'_>,
         keys: &Rows,
-        pages: &[PageIndex],
     ) -> Option<Vec<usize>> {
         let config::Indexer { index_n_heads, index_head_dim, index_topk } = self.sizes;
         if position < index_topk {

@@ -1,28 +1,30 @@
 //! MLA over latents: project, cache, absorb, attend, expand.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use ids::PageIndex;
-use rayon::prelude::*;
 
-use super::indexer::{IndexQueries, Indexer};
+use super::indexer::Indexer;
 use crate::{
     Error, ModelConfig, Pages, Span,
     checkpoint::{
         Checkpoint, Mapped,
         packed::{Shape, Weights},
     },
-    kernels::{Isa, axpy, dot, rms_norm, softmax},
+    kernels::{Attended, Columns, HEADS_MAX, attend, rms_norm, threads},
     pages::Rows,
     rope::Rotary,
-    storage::Linear,
+    storage::{Input, Linear, add_bias},
 };
 
 /// Epsilon of the norms inside attention: the reference leaves it at its default, whatever `rms_norm_eps` says.
 const INNER_NORM_EPS: f32 = 1e-6;
 
-/// Numbers read by one head of one row from which a second thread pays.
-const PARALLEL_FROM: usize = 1 << 18;
+/// Rows of the batch that one task attends at most: enough that a head's matrices are read a few times a batch.
+const TASK_ROWS: usize = 32;
+
+/// How many tasks there should be for each thread.
+const TASKS_PER_THREAD: usize = 3;
 
 pub(crate) struct Attention {
     query: Query,
@@ -48,11 +50,21 @@ struct Sizes {
 }
 
 /// `kv_b_proj`, from latents to each head's keys and values.
-enum KvB {
-    /// `[heads × (nope + v), kv_lora_rank]`: each head's key half, then its value half.
-    Stored { matrix: Linear, nope: usize, v: usize },
-    /// Of each head the key half transposed, `[kv_lora_rank, nope]`, and the value half, `[v, kv_lora_rank]`.
-    Packed(Vec<Linear>),
+struct KvB(Vec<KvHead>);
+
+/// A head's halves of it.
+struct KvHead {
+    /// Transposed, `[kv_lora_rank, nope]`: a query times it is what its scalar product with a latent is the score of.
+    key: Linear,
+    /// `[v, kv_lora_rank]`: from a mean of latents to the head's output.
+    value: Linear,
+}
+
+/// One row of the batch: it reads up to its own position.
+#[derive(Clone, Copy)]
+pub(super) struct Reader<'a> {
+    pub(super) position: usize,
+    pub(super) pages: &'a [PageIndex],
 }
 
 /// How queries are made: through a low-rank bottleneck, or directly (V2-Lite).
@@ -107,49 +119,112 @@ impl Attention {
         layer: usize,
         pages: &mut Pages,
     ) -> Vec<f32> {
-        let positions: Vec<usize> =
-            spans.iter().flat_map(|span| span.position..span.position + span.rows.len()).collect();
-        let (latents, index_keys) = pages.layer(layer);
-        self.cache(normed, spans, latents, index_keys);
-
-        let (mut q, q_resid) = self.query.apply(normed); // [rows, heads, nope + rope]
-        let qk = self.sizes.nope + self.sizes.rope;
-        for (head, q) in q.chunks_exact_mut(qk).enumerate() {
-            self.rotary.rotate_interleaved(&mut q[self.sizes.nope..], positions[head / self.sizes.heads]);
-        }
-        let index_queries =
-            self.indexer.as_ref().map(|indexer| indexer.queries(normed, &q_resid, &positions, &self.rotary));
-
-        let tasks: Vec<(usize, usize, &[PageIndex])> = spans
+        let Sizes { heads, nope, rope, .. } = self.sizes;
+        let readers: Vec<Reader<'_>> = spans
             .iter()
             .flat_map(|span| {
-                span.rows.clone().zip(span.position..).map(|(row, position)| (row, position, span.pages))
+                let positions = span.position..span.position + span.rows.len();
+                positions.map(|position| Reader { position, pages: span.pages })
             })
             .collect();
-        let read: usize = tasks.iter().map(|(_, position, _)| position + 1).sum::<usize>()
-            * self.sizes.heads
-            * self.sizes.latent;
-        let attend = |&(row, position, pages): &(usize, usize, &[PageIndex])| {
-            let selected = self.select(index_queries.as_ref(), row, position, index_keys, pages);
-            self.attend_row(
-                &q[row * self.sizes.heads * qk..][..self.sizes.heads * qk],
-                position,
-                selected,
-                latents,
-                pages,
-            )
+        let (latents, index_keys) = pages.layer(layer);
+        let input = Input::new(normed);
+        let [compressed, kv] =
+            Linear::apply_all([(self.query.first(), &input), (&self.kv_a_proj_with_mqa, &input)]);
+        self.cache(&input, kv, spans, latents, index_keys);
+
+        let (mut q, q_resid) = self.query.finish(compressed); // [rows, heads, nope + rope]
+        for (head, q) in q.chunks_exact_mut(nope + rope).enumerate() {
+            self.rotary.rotate_interleaved(&mut q[nope..], readers[head / heads].position);
+        }
+        let index_queries =
+            self.indexer.as_ref().map(|indexer| indexer.queries(&input, &q_resid, &readers, &self.rotary));
+        let selected = threads::map(readers.len(), |row| {
+            self.indexer.as_ref()?.select(index_queries.as_ref()?, row, readers[row], index_keys)
+        });
+        let read = |row: usize| -> Vec<&[f32]> {
+            let Reader { position, pages } = readers[row];
+            match &selected[row] {
+                Some(selected) => selected.iter().map(|&s| latents.get(pages, s)).collect(),
+                None => (0..=position).map(|s| latents.get(pages, s)).collect(),
+            }
         };
-        let outputs: Vec<Vec<f32>> = if read < PARALLEL_FROM {
-            tasks.iter().map(attend).collect()
-        } else {
-            tasks.par_iter().map(attend).collect()
-        };
-        self.o_proj.apply(&outputs.concat(), self.o_bias.as_deref())
+        self.o_proj.apply(&self.attend(&q, readers.len(), &read), self.o_bias.as_deref())
     }
 
-    fn cache(&self, normed: &[f32], spans: &[Span<'_>], latents: &mut Rows, index_keys: &mut Rows) {
+    /// `q` `[rows, heads, nope + rope]` → `[rows, heads × v]`. A task takes a few rows and heads from their queries to
+    /// their outputs; `read` gives the latents that a row reads.
+    fn attend<'a>(
+        &self,
+        q: &[f32],
+        n_rows: usize,
+        read: &(dyn Fn(usize) -> Vec<&'a [f32]> + Sync),
+    ) -> Vec<f32> {
+        let Sizes { heads, v, .. } = self.sizes;
+        let mut outputs = vec![0.0; n_rows * heads * v];
+        let wanted = threads::count() * TASKS_PER_THREAD;
+        let task_rows = (n_rows * heads / HEADS_MAX / wanted).clamp(1, TASK_ROWS);
+        let task_heads = (n_rows.div_ceil(task_rows) * heads / wanted).clamp(1, HEADS_MAX);
+        let mut tasks = Vec::new();
+        for (block, outputs) in outputs.chunks_mut(task_rows * heads * v).enumerate() {
+            let first = block * task_rows;
+            let rows = first..first + outputs.len() / (heads * v);
+            let columns = Columns::split(outputs, heads * v, task_heads * v);
+            tasks.extend(columns.map(|outputs| (rows.clone(), outputs)));
+        }
+        threads::for_each(tasks, |(rows, mut outputs)| self.attend_some(q, rows, read, &mut outputs));
+        outputs
+    }
+
+    /// Some rows and heads: those whose outputs `outputs` are.
+    fn attend_some<'a>(
+        &self,
+        q: &[f32],
+        rows: Range<usize>,
+        read: &dyn Fn(usize) -> Vec<&'a [f32]>,
+        outputs: &mut Columns<'_>,
+    ) {
+        let Sizes { heads, nope, v, latent, rope, softmax_scale } = self.sizes;
+        let of_heads = outputs.range().start / v..outputs.range().end / v;
+        let (n_rows, n_heads) = (rows.len(), of_heads.len());
+        let mut absorbed = vec![0.0; n_rows * n_heads * (latent + rope)]; // [rows, heads, latent + rope]
+        for (at, head) in of_heads.clone().enumerate() {
+            let of_head = |row: usize| &q[(row * heads + head) * (nope + rope)..][..nope + rope];
+            let no_position: Vec<f32> = rows.clone().flat_map(|row| &of_head(row)[..nope]).copied().collect();
+            let keys = self.kv_b_proj.0[head].key.apply(&no_position, None); // [rows, latent]
+            for (block, (row, key)) in rows.clone().zip(keys.chunks_exact(latent)).enumerate() {
+                let absorbed = &mut absorbed[(block * n_heads + at) * (latent + rope)..][..latent + rope];
+                absorbed[..latent].copy_from_slice(key);
+                absorbed[latent..].copy_from_slice(&of_head(row)[nope..]);
+            }
+        }
+        let mut means = vec![0.0; n_rows * n_heads * latent]; // [rows, heads, latent]
+        let of_rows = absorbed.chunks_exact(n_heads * (latent + rope)).zip(means.chunks_exact_mut(n_heads * latent));
+        for (row, (absorbed, means)) in rows.zip(of_rows) {
+            let mut attended = Attended::new(means, latent);
+            attend(absorbed, &read(row), softmax_scale, &mut attended);
+            attended.finish();
+        }
+        for (at, head) in of_heads.enumerate() {
+            let of_head: Vec<f32> =
+                means.chunks_exact(latent).skip(at).step_by(n_heads).flatten().copied().collect();
+            let values = self.kv_b_proj.0[head].value.apply(&of_head, None); // [rows, v]
+            for (row, values) in values.chunks_exact(v).enumerate() {
+                outputs.row(row)[at * v..][..v].copy_from_slice(values);
+            }
+        }
+    }
+
+    fn cache(
+        &self,
+        normed: &Input<'_>,
+        mut kv: Vec<f32>, // [rows, latent + rope]
+        spans: &[Span<'_>],
+        latents: &mut Rows,
+        index_keys: &mut Rows,
+    ) {
         let Sizes { latent, rope, .. } = self.sizes;
-        let mut kv = self.kv_a_proj_with_mqa.apply(normed, self.kv_a_bias.as_deref()); // [rows, latent + rope]
+        add_bias(&mut kv, self.kv_a_bias.as_deref());
         let keys = self.indexer.as_ref().map(|indexer| (indexer.head_dim(), indexer.keys(normed)));
         for span in spans {
             for (row, position) in span.rows.clone().zip(span.position..) {
@@ -166,50 +241,6 @@ impl Attention {
             }
         }
     }
-
-    fn select(
-        &self,
-        queries: Option<&IndexQueries>,
-        row: usize,
-        position: usize,
-        index_keys: &Rows,
-        pages: &[PageIndex],
-    ) -> Option<Vec<usize>> {
-        self.indexer.as_ref()?.select(queries?, row, position, index_keys, pages)
-    }
-
-    /// All heads of one row: `q` `[heads, nope + rope]` → `[heads × v]`.
-    fn attend_row(
-        &self,
-        q: &[f32],
-        position: usize,
-        selected: Option<Vec<usize>>,
-        latents: &Rows,
-        pages: &[PageIndex],
-    ) -> Vec<f32> {
-        let Sizes { heads, nope, v, latent, rope, softmax_scale } = self.sizes;
-        let isa = Isa::detect();
-        let read = selected.unwrap_or_else(|| (0..=position).collect());
-        let rows: Vec<&[f32]> = read.into_iter().map(|s| latents.get(pages, s)).collect();
-        let mut output = Vec::with_capacity(heads * v);
-        let mut absorbed = vec![0.0; latent + rope];
-        let mut scores = vec![0.0; rows.len()];
-        let mut sum = vec![0.0; latent];
-        for (head, q) in q.chunks_exact(nope + rope).enumerate() {
-            self.kv_b_proj.absorb(head, &q[..nope], &mut absorbed[..latent]);
-            absorbed[latent..].copy_from_slice(&q[nope..]);
-            for (score, row) in scores.iter_mut().zip(&rows) {
-                *score = dot(isa, &absorbed, row) * softmax_scale;
-            }
-            softmax(&mut scores);
-            sum.fill(0.0);
-            for (weight, row) in scores.iter().zip(&rows) {
-                axpy(isa, *weight, &row[..latent], &mut sum);
-            }
-            output.extend(self.kv_b_proj.expand(head, &sum));
-        }
-        output
-    }
 }
 
 impl KvB {
@@ -221,7 +252,13 @@ impl KvB {
         let name = format!("{name}.weight");
         let shape = [heads * (nope + v), latent];
         let Weights::Quantized(bits) = checkpoint.weights() else {
-            return Ok(Self::Stored { matrix: checkpoint.stored(&name, shape)?, nope, v });
+            let matrix = checkpoint.stored(&name, shape)?;
+            let head = |head: usize| {
+                let key = head * (nope + v);
+                let value = key + nope;
+                KvHead { key: matrix.transposed(key..value), value: matrix.rows(value..value + v) }
+            };
+            return Ok(Self((0..heads).map(head).collect()));
         };
         // A head's key half is used the other way round, and blocks lie along what is summed over.
         let (key, value) = (Shape { outputs: latent, width: nope }, Shape { outputs: v, width: latent });
@@ -237,42 +274,28 @@ impl KvB {
         };
         let tensors = [(name.clone(), shape.to_vec())];
         let unit = checkpoint.packed(&name, bits, &tensors, &shapes, row)?;
-        Ok(Self::Packed(unit.matrices))
-    }
-
-    /// A head's query `[nope]` → `absorbed` `[latent]`: what its scalar product with a latent is the score of.
-    fn absorb(&self, head: usize, q: &[f32], absorbed: &mut [f32]) {
-        match self {
-            Self::Stored { matrix, nope, v } => {
-                let first = head * (nope + v);
-                absorbed.fill(0.0);
-                matrix.add_rows(q, first..first + nope, absorbed);
-            }
-            Self::Packed(matrices) => absorbed.copy_from_slice(&matrices[2 * head].apply(q, None)),
-        }
-    }
-
-    /// A head's sum of latents `[latent]` → its output `[v]`.
-    fn expand(&self, head: usize, sum: &[f32]) -> Vec<f32> {
-        match self {
-            Self::Stored { matrix, nope, v } => {
-                let first = head * (nope + v) + nope;
-                matrix.apply_outputs(sum, first..first + v)
-            }
-            Self::Packed(matrices) => matrices[2 * head + 1].apply(sum, None),
-        }
+        let (pairs, _) = unit.matrices.as_chunks::<2>();
+        Ok(Self(pairs.iter().cloned().map(|[key, value]| KvHead { key, value }).collect()))
     }
 }
 
 impl Query {
-    /// `[rows, hidden]` → queries `[rows, heads × (nope + rope)]` and the bottleneck's `[rows, q_lora_rank]` (empty
-    /// where there is none).
-    fn apply(&self, normed: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    /// The matrix that the hidden state is multiplied with.
+    fn first(&self) -> &Linear {
         match self {
-            Self::Direct { q_proj } => (q_proj.apply(normed, None), Vec::new()),
-            Self::LowRank { q_a_proj, q_a_bias, q_a_layernorm, q_b_proj } => {
-                let q_resid =
-                    rms_norm(&q_a_proj.apply(normed, q_a_bias.as_deref()), q_a_layernorm, INNER_NORM_EPS);
+            Self::Direct { q_proj } => q_proj,
+            Self::LowRank { q_a_proj, .. } => q_a_proj,
+        }
+    }
+
+    /// Its product → queries `[rows, heads × (nope + rope)]` and the bottleneck's `[rows, q_lora_rank]` (empty where there
+    /// is none).
+    fn finish(&self, mut product: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+        match self {
+            Self::Direct { .. } => (product, Vec::new()),
+            Self::LowRank { q_a_bias, q_a_layernorm, q_b_proj, .. } => {
+                add_bias(&mut product, q_a_bias.as_deref());
+                let q_resid = rms_norm(&product, q_a_layernorm, INNER_NORM_EPS);
                 (q_b_proj.apply(&q_resid, None), q_resid)
             }
         }

@@ -128,6 +128,31 @@ pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+#[inline(always)]
+pub(super) fn add_weighted(sum: &mut [f32], values: &[f32], weight: f32) -> bool {
+    let mut all = true;
+    for (sum, value) in sum.iter_mut().zip(values) {
+        let product = weight * value;
+        *sum += product;
+        all &= product.is_finite();
+    }
+    all
+}
+
+/// Both products with the step are exact: it is a power of two.
+#[inline(always)]
+pub(super) fn add_on_grid(sum: &mut [f32], values: &[f32], weight: f32, step: f32, max: f32) -> bool {
+    let per_step = step.recip();
+    let mut all = true;
+    for (sum, value) in sum.iter_mut().zip(values) {
+        let product = weight * value;
+        *sum += (product * per_step).round_ties_even() * step;
+        // Written so that a NaN does not fit.
+        all &= product.abs() <= max;
+    }
+    all
+}
+
 /// Sum over sixteen lanes, the order of [`dot`].
 #[inline(always)]
 fn sum(values: impl Iterator<Item = f32>) -> f32 {
@@ -175,4 +200,130 @@ pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> V
         normed.extend(parts.map(|((value, weight), bias)| ((value - mean) * scale).mul_add(*weight, *bias)));
     }
     normed
+}
+
+/// Positions that are scored before any of them is weighed.
+const TILE: usize = 48;
+
+/// Heads and positions of one register block of scores.
+const SCORED_HEADS: usize = 2;
+const SCORED_POSITIONS: usize = 3;
+
+/// Heads that are weighed at once.
+pub(crate) const HEADS_MAX: usize = 4;
+
+/// What some heads have read so far: an online softmax (Milakov and Gimelshein, 2018), so that no score is kept.
+pub(crate) struct Attended<'a> {
+    /// `[heads, width]`: Σ e^(score − highest) · row
+    pub(crate) sums: &'a mut [f32],
+    pub(crate) width: usize,
+    highest: [f32; HEADS_MAX],
+    /// Σ e^(score − highest)
+    totals: [f32; HEADS_MAX],
+}
+
+impl<'a> Attended<'a> {
+    /// Nothing so far, of at most [`HEADS_MAX`] heads: `sums` is zero.
+    pub(crate) const fn new(sums: &'a mut [f32], width: usize) -> Self {
+        Self { sums, width, highest: [f32::NEG_INFINITY; HEADS_MAX], totals: [0.0; HEADS_MAX] }
+    }
+
+    /// The sums become means.
+    pub(crate) fn finish(self) {
+        for (sums, total) in self.sums.chunks_exact_mut(self.width).zip(self.totals) {
+            sums.iter_mut().for_each(|sum| *sum /= total);
+        }
+    }
+}
+
+/// Lets each head of `q` `[heads, row]` read `rows`, of which it weighs the first `width` numbers.
+#[inline(always)]
+pub(super) fn attend(q: &[f32], rows: &[&[f32]], scale: f32, attended: &mut Attended<'_>) {
+    let Some(first) = rows.first() else { return };
+    let n_heads = q.len() / first.len();
+    let mut scores = [[0.0_f32; TILE]; HEADS_MAX];
+    for tile in rows.chunks(TILE) {
+        score(q, tile, scale, &mut scores[..n_heads]);
+        for (head, scores) in scores[..n_heads].iter_mut().enumerate() {
+            let scores = &mut scores[..tile.len()];
+            let highest = scores.iter().copied().fold(attended.highest[head], f32::max);
+            let shrink = exp(attended.highest[head] - highest);
+            attended.highest[head] = highest;
+            for score in &mut *scores {
+                *score = exp(*score - highest);
+            }
+            attended.totals[head] = attended.totals[head].mul_add(shrink, sum(scores.iter().copied()));
+            let sums = &mut attended.sums[head * attended.width..][..attended.width];
+            sums.iter_mut().for_each(|sum| *sum *= shrink);
+        }
+        let width = attended.width;
+        match n_heads {
+            1 => weigh::<1>(&scores, tile, attended.sums, width),
+            2 => weigh::<2>(&scores, tile, attended.sums, width),
+            3 => weigh::<3>(&scores, tile, attended.sums, width),
+            _ => weigh::<HEADS_MAX>(&scores, tile, attended.sums, width),
+        }
+    }
+}
+
+/// Scalar products of all heads with all rows, times `scale`.
+#[inline(always)]
+fn score(q: &[f32], rows: &[&[f32]], scale: f32, scores: &mut [[f32; TILE]]) {
+    let width = rows[0].len();
+    let (pairs, last) = scores.as_chunks_mut::<SCORED_HEADS>();
+    for (pair, scores) in pairs.iter_mut().enumerate() {
+        let heads: [&[f32]; SCORED_HEADS] =
+            std::array::from_fn(|at| &q[(pair * SCORED_HEADS + at) * width..][..width]);
+        score_heads(heads, rows, scale, scores);
+    }
+    if let [scores] = last {
+        score_heads([&q[q.len() - width..]], rows, scale, std::array::from_mut(scores));
+    }
+}
+
+#[inline(always)]
+fn score_heads<const H: usize>(heads: [&[f32]; H], rows: &[&[f32]], scale: f32, scores: &mut [[f32; TILE]; H]) {
+    let (blocks, rest) = rows.as_chunks::<SCORED_POSITIONS>();
+    for (block, rows) in blocks.iter().enumerate() {
+        for (scores, products) in scores.iter_mut().zip(dots(heads, *rows)) {
+            for (at, product) in products.into_iter().enumerate() {
+                scores[block * SCORED_POSITIONS + at] = product * scale;
+            }
+        }
+    }
+    for (at, row) in rest.iter().enumerate() {
+        for (scores, [product]) in scores.iter_mut().zip(dots(heads, [*row])) {
+            scores[blocks.len() * SCORED_POSITIONS + at] = product * scale;
+        }
+    }
+}
+
+/// `sums[head] += Σ weights[head][i] · rows[i]`, in order.
+#[inline(always)]
+fn weigh<const H: usize>(weights: &[[f32; TILE]], rows: &[&[f32]], sums: &mut [f32], width: usize) {
+    let mut start = 0;
+    while start + LANES <= width {
+        let mut lanes = [[0.0_f32; LANES]; H];
+        for (head, lanes) in lanes.iter_mut().enumerate() {
+            lanes.copy_from_slice(&sums[head * width + start..][..LANES]);
+        }
+        for (at, row) in rows.iter().enumerate() {
+            let row = &row[start..][..LANES];
+            for (head, lanes) in lanes.iter_mut().enumerate() {
+                let weight = weights[head][at];
+                for lane in 0..LANES {
+                    lanes[lane] = weight.mul_add(row[lane], lanes[lane]);
+                }
+            }
+        }
+        for (head, lanes) in lanes.iter().enumerate() {
+            sums[head * width + start..][..LANES].copy_from_slice(lanes);
+        }
+        start += LANES;
+    }
+    for (head, weights) in weights.iter().enumerate().take(H) {
+        for (weight, row) in weights.iter().zip(rows) {
+            axpy(*weight, &row[start..width], &mut sums[head * width + start..][..width - start]);
+        }
+    }
 }

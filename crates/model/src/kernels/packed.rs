@@ -2,12 +2,12 @@
 //! inside a block are whole numbers: exact in any order. Blocks are then added in their order, one fused multiply-add
 //! each, so every instruction set, number of rows and number of threads gives the same bits.
 //!
-//! A matrix is packed once into the order in which every kernel reads it: **panels** of 16 outputs. A panel has its
-//! scales first (bf16, `[blocks, 16]`), then its numbers, block after block: eight (int8) or four (int4) runs of 64
-//! bytes, in which each output has four neighbouring bytes. That is one register of AVX-512, two of AVX2 and four of
-//! NEON, and the operand of their dot products of four.
+//! A matrix is packed once into the order in which every kernel reads it: **panels** of 16 outputs. A panel has pairs of
+//! blocks, each a line of 64 bytes with both blocks' scales (bf16, `[2, 16]`) and then their numbers: eight (int8) or four
+//! (int4) lines a block, in which each output has four neighbouring bytes. That is one register of AVX-512, two of AVX2
+//! and four of NEON, and the operand of their dot products of four. An odd last block has a partner of zeros.
 //!
-//! int8: byte j of output o in run r is element `4 r + j` of the block. int4: the low half of byte j in run r is
+//! int8: byte j of output o in line r is element `4 r + j` of the block. int4: the low half of byte j in line r is
 //! element `8 r + j`, its high half element `8 r + 4 + j`, both plus 8.
 
 #[cfg(target_arch = "x86_64")]
@@ -19,9 +19,8 @@ mod scalar;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::{Isa, PARALLEL_FROM};
+use super::{Columns, Isa, threads};
 
 /// Outputs of a panel.
 pub(crate) const OUTPUTS: usize = 16;
@@ -31,6 +30,10 @@ pub(crate) const BLOCK: usize = 32;
 const SCALES_BYTES: usize = OUTPUTS * 2;
 /// Blocks of a panel that are multiplied with all rows before the next ones are: they stay in the first cache.
 const BLOCKS: usize = 8;
+/// Rows whose blocks lie together.
+const GROUP: usize = 8;
+/// Rows that are quantized by one thread.
+const ROWS_PART: usize = 2 * GROUP;
 
 /// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
 const WIDE_FROM: usize = 4;
@@ -47,54 +50,81 @@ pub enum Bits {
     Four,
 }
 
-/// Rows `[rows, width]` as int8 with a scale for each block; the last block is filled with zeros.
+/// Rows `[rows, width]` as int8 with a scale for each block; what is missing of the last two is zeros. In the order in which a
+/// kernel reads them: groups of eight rows (the last has what is left), in a group block after block, in a block row after
+/// row.
 #[derive(Debug)]
 pub(crate) struct Rows {
+    n_rows: usize,
     blocks: usize,
-    /// `[rows, blocks, 32]`
     numbers: Vec<[i8; BLOCK]>,
-    /// `[rows, blocks]`
     scales: Vec<f32>,
-    /// `[rows, blocks]`: the sum of a block's numbers.
-    sums: Vec<i32>,
-    /// `[groups of rows, blocks]`: the numbers once more where there are [`WIDE_FROM`] rows.
+    /// What a block's dot product begins with where a matrix's numbers are read as unsigned.
+    biases: Vec<Biases>,
+    /// `[groups of rows, blocks]`: the numbers once more where AVX2 multiplies [`WIDE_FROM`] rows.
     wide: Vec<WideBlock>,
 }
+
+/// The sum of a block's numbers times what makes a matrix's numbers unsigned: −128 for int8, −8 for int4.
+type Biases = [i32; 2];
 
 /// One block of four rows: pairs of neighbouring numbers in 16 bits each. Rows that are not there are zeros.
 type WideBlock = [[i32; WIDE_ROWS]; BLOCK / 2];
 
-/// One row of [`Rows`].
+/// A group of [`Rows`], `[blocks, rows]` each.
 #[derive(Clone, Copy)]
-struct Row<'a> {
+struct Group<'a> {
+    n_rows: usize,
     numbers: &'a [[i8; BLOCK]],
     scales: &'a [f32],
-    sums: &'a [i32],
+    biases: &'a [Biases],
+}
+
+/// One row of a [`Group`].
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    group: Group<'a>,
+    row: usize,
+}
+
+/// Some rows while they are quantized.
+struct Part<'a> {
+    x: &'a [f32],
+    width: usize,
+    numbers: &'a mut [[i8; BLOCK]],
+    scales: &'a mut [f32],
+    biases: &'a mut [Biases],
+    wide: &'a mut [WideBlock],
 }
 
 /// One panel's bytes.
 #[derive(Clone, Copy)]
 struct Panel<'a> {
-    scales: &'a [[u8; SCALES_BYTES]],
-    /// In runs of 64 bytes.
-    numbers: &'a [[u8; 64]],
-    /// Of a block. Not a constant of the kernels: a compiler that knows it unrolls their innermost loop, and has not
+    lines: &'a [Line],
+    /// Of a block. Not a constant of all kernels: a compiler that knows it unrolls their innermost loop, and AVX2 has not
     /// enough registers for that.
-    runs: usize,
+    block_lines: usize,
 }
 
+type Line = [u8; 64];
+
 impl Bits {
-    /// Bytes of one block of a panel, without its scales.
-    const fn block_bytes(self) -> usize {
+    /// Lines of one block of a panel.
+    const fn block_lines(self) -> usize {
         match self {
-            Self::Eight => BLOCK * OUTPUTS,
-            Self::Four => BLOCK * OUTPUTS / 2,
+            Self::Eight => 8,
+            Self::Four => 4,
         }
+    }
+
+    /// Lines of two blocks, with their scales.
+    const fn pair_lines(self) -> usize {
+        1 + 2 * self.block_lines()
     }
 
     /// Bytes of a panel of that width.
     pub(crate) const fn panel_bytes(self, width: usize) -> usize {
-        width.div_ceil(BLOCK) * (SCALES_BYTES + self.block_bytes())
+        blocks(width) / 2 * self.pair_lines() * size_of::<Line>()
     }
 
     /// Bytes of a packed matrix.
@@ -103,91 +133,147 @@ impl Bits {
     }
 }
 
+/// Blocks of a row or a panel of that width, an even number.
+const fn blocks(width: usize) -> usize {
+    width.div_ceil(2 * BLOCK) * 2
+}
+
 impl Rows {
     /// Rounds each element to the nearest of the 255 steps of its block.
     pub(crate) fn quantize(x: &[f32], width: usize) -> Self {
-        match Isa::detect() {
-            Isa::Baseline => quantize(x, width),
-            #[cfg(target_arch = "x86_64")]
-            #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-            Isa::Avx2 | Isa::Avx512 => unsafe { avx2::quantize(x, width) },
+        Self::quantize_for(Isa::detect(), x, width)
+    }
+
+    fn quantize_for(isa: Isa, x: &[f32], width: usize) -> Self {
+        let blocks = blocks(width);
+        let n_rows = x.len() / width;
+        let n = n_rows * blocks;
+        let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
+        let mut rows = Self {
+            n_rows,
+            blocks,
+            numbers: vec![[0; BLOCK]; n],
+            scales: vec![0.0; n],
+            biases: vec![[0; 2]; n],
+            wide: vec![[[0; WIDE_ROWS]; BLOCK / 2]; groups * blocks],
+        };
+        let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
+        let parts = x
+            .chunks(ROWS_PART * width)
+            .zip(rows.numbers.chunks_mut(ROWS_PART * blocks))
+            .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
+            .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
+            .map(|(((x, numbers), scales), biases)| {
+                let wide = wide.next().unwrap_or_default();
+                Part { x, width, numbers, scales, biases, wide }
+            })
+            .collect();
+        threads::for_each(parts, |part| quantize_with(isa, part));
+        rows
+    }
+
+    /// The group that begins with row `first`.
+    fn group(&self, first: usize) -> Group<'_> {
+        let n_rows = GROUP.min(self.n_rows - first);
+        let of_group = first * self.blocks..(first + n_rows) * self.blocks;
+        Group {
+            n_rows,
+            numbers: &self.numbers[of_group.clone()],
+            scales: &self.scales[of_group.clone()],
+            biases: &self.biases[of_group],
         }
     }
 
     fn row(&self, row: usize) -> Row<'_> {
-        let blocks = row * self.blocks..(row + 1) * self.blocks;
-        Row {
-            numbers: &self.numbers[blocks.clone()],
-            scales: &self.scales[blocks.clone()],
-            sums: &self.sums[blocks],
-        }
+        let in_group = row % GROUP;
+        Row { group: self.group(row - in_group), row: in_group }
+    }
+}
+
+impl<'a> Row<'a> {
+    fn numbers(self, block: usize) -> &'a [i8; BLOCK] {
+        &self.group.numbers[block * self.group.n_rows + self.row]
     }
 
-    pub(crate) fn n_rows(&self) -> usize {
-        self.scales.len() / self.blocks
+    fn scale(self, block: usize) -> f32 {
+        self.group.scales[block * self.group.n_rows + self.row]
+    }
+
+    fn biases(self, block: usize) -> Biases {
+        self.group.biases[block * self.group.n_rows + self.row]
+    }
+}
+
+fn quantize_with(isa: Isa, part: Part<'_>) {
+    match isa {
+        Isa::Baseline => quantize(part),
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx2 => unsafe { avx2::quantize(part) },
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx512 => unsafe { avx512::quantize(part) },
     }
 }
 
 #[inline(always)]
-fn quantize(x: &[f32], width: usize) -> Rows {
-    let blocks = width.div_ceil(BLOCK);
-    let n_rows = x.len() / width;
-    let n = n_rows * blocks;
-    let mut rows = Rows {
-        wide: Vec::new(),
-        blocks,
-        numbers: vec![[0; BLOCK]; n],
-        scales: Vec::with_capacity(n),
-        sums: Vec::with_capacity(n),
-    };
-    let of_x = x.chunks_exact(width).flat_map(|row| row.chunks(BLOCK));
-    for (x, numbers) in of_x.zip(&mut rows.numbers) {
-        rows.scales.push(scalar::quantize(x, numbers));
-        rows.sums.push(numbers.iter().map(|number| i32::from(*number)).sum());
-    }
-    if n_rows >= WIDE_FROM {
-        let groups = n_rows.div_ceil(WIDE_ROWS);
-        rows.wide = vec![[[0; WIDE_ROWS]; BLOCK / 2]; groups * blocks];
-        for (at, numbers) in rows.numbers.iter().enumerate() {
-            let (row, block) = (at / blocks, at % blocks);
-            let wide = &mut rows.wide[row / WIDE_ROWS * blocks + block];
-            for (wide, pair) in wide.iter_mut().zip(numbers.as_chunks::<2>().0) {
-                let [low, high] = pair.map(i32::from);
-                wide[row % WIDE_ROWS] = low & 0xffff | high << 16;
+fn quantize(part: Part<'_>) {
+    let Part { x, width, numbers, scales, biases, wide } = part;
+    let blocks = blocks(width);
+    for (group, x) in x.chunks(GROUP * width).enumerate() {
+        let n_rows = x.len() / width;
+        for (row, x) in x.chunks_exact(width).enumerate() {
+            for (block, x) in x.chunks(BLOCK).enumerate() {
+                let at = group * GROUP * blocks + block * n_rows + row;
+                scales[at] = scalar::quantize(x, &mut numbers[at]);
+                let sum: i32 = numbers[at].iter().map(|number| i32::from(*number)).sum();
+                biases[at] = [-128 * sum, -8 * sum];
+                if !wide.is_empty() {
+                    let row = group * GROUP + row;
+                    let wide = &mut wide[row / WIDE_ROWS * blocks + block];
+                    for (wide, pair) in wide.iter_mut().zip(numbers[at].as_chunks::<2>().0) {
+                        let [low, high] = pair.map(i32::from);
+                        wide[row % WIDE_ROWS] = low & 0xffff | high << 16;
+                    }
+                }
             }
         }
     }
-    rows
 }
 
 /// Packs `w` `[outputs, width]` into `packed`, which has [`Bits::matrix_bytes`].
 pub(crate) fn pack(bits: Bits, w: &[f32], width: usize, packed: &mut [u8]) {
     let outputs = w.len() / width;
-    let blocks = width.div_ceil(BLOCK);
+    let zero = match bits {
+        Bits::Eight => 0,
+        Bits::Four => 0x88,
+    };
     for (panel, packed) in packed.chunks_exact_mut(bits.panel_bytes(width)).enumerate() {
-        let (scales, numbers) = packed.split_at_mut(blocks * SCALES_BYTES);
-        numbers.fill(match bits {
-            Bits::Eight => 0,
-            Bits::Four => 0x88,
-        });
-        scales.fill(0);
-        for o in 0..OUTPUTS.min(outputs - panel * OUTPUTS) {
-            let row = &w[(panel * OUTPUTS + o) * width..][..width];
-            for (block, elements) in row.chunks(BLOCK).enumerate() {
-                let scale = scale(bits, elements);
-                scales[block * SCALES_BYTES + 2 * o..][..2].copy_from_slice(&scale.to_le_bytes());
-                let numbers = &mut numbers[block * bits.block_bytes()..][..bits.block_bytes()];
-                let inverse = if scale.to_f32() == 0.0 { 0.0 } else { scale.to_f32().recip() };
-                for (at, element) in elements.iter().enumerate() {
-                    let number = (element * inverse).round_ties_even();
-                    match bits {
-                        Bits::Eight => {
-                            numbers[at / 4 * 64 + o * 4 + at % 4] = number.clamp(-127.0, 127.0) as i8 as u8;
-                        }
-                        Bits::Four => {
-                            let byte = &mut numbers[at / 8 * 64 + o * 4 + at % 4];
-                            let half = (number.clamp(-8.0, 7.0) + 8.0) as u8;
-                            *byte = if at % 8 < 4 { *byte & 0xf0 | half } else { *byte & 0x0f | half << 4 };
+        let (lines, _) = packed.as_chunks_mut::<{ size_of::<Line>() }>();
+        for (pair, lines) in lines.chunks_exact_mut(bits.pair_lines()).enumerate() {
+            let Some((scales, lines)) = lines.split_first_mut() else { continue };
+            scales.fill(0);
+            lines.fill([zero; size_of::<Line>()]);
+            for o in 0..OUTPUTS.min(outputs - panel * OUTPUTS) {
+                let row = &w[(panel * OUTPUTS + o) * width..][..width];
+                let blocks = row[(pair * 2 * BLOCK).min(width)..].chunks(BLOCK);
+                let of_lines = scales.as_chunks_mut::<SCALES_BYTES>().0.iter_mut().zip(lines.chunks_exact_mut(bits.block_lines()));
+                for (elements, (scales, lines)) in blocks.zip(of_lines) {
+                    let scale = scale(bits, elements);
+                    scales[2 * o..][..2].copy_from_slice(&scale.to_le_bytes());
+                    let inverse = if scale.to_f32() == 0.0 { 0.0 } else { scale.to_f32().recip() };
+                    for (at, element) in elements.iter().enumerate() {
+                        let number = (element * inverse).round_ties_even();
+                        match bits {
+                            Bits::Eight => {
+                                lines[at / 4][o * 4 + at % 4] = number.clamp(-127.0, 127.0) as i8 as u8;
+                            }
+                            Bits::Four => {
+                                let byte = &mut lines[at / 8][o * 4 + at % 4];
+                                let half = (number.clamp(-8.0, 7.0) + 8.0) as u8;
+                                *byte =
+                                    if at % 8 < 4 { *byte & 0xf0 | half } else { *byte & 0x0f | half << 4 };
+                            }
                         }
                     }
                 }
@@ -222,19 +308,29 @@ pub(crate) fn unpack_row(bits: Bits, packed: &[u8], width: usize, output: usize,
 impl<'a> Panel<'a> {
     fn of(bits: Bits, packed: &'a [u8], width: usize, panel: usize) -> Self {
         let n_bytes = bits.panel_bytes(width);
-        let (scales, numbers) =
-            packed[panel * n_bytes..][..n_bytes].split_at(width.div_ceil(BLOCK) * SCALES_BYTES);
-        let runs = bits.block_bytes() / 64;
-        Self { scales: scales.as_chunks().0, numbers: numbers.as_chunks().0, runs }
+        Self { lines: packed[panel * n_bytes..][..n_bytes].as_chunks().0, block_lines: bits.block_lines() }
+    }
+
+    const fn pair_lines(&self) -> usize {
+        1 + 2 * self.block_lines
+    }
+
+    const fn n_blocks(&self) -> usize {
+        self.lines.len() / self.pair_lines() * 2
+    }
+
+    /// One block's scales as bf16.
+    fn scales(&self, block: usize) -> &'a [u8; SCALES_BYTES] {
+        &self.lines[block / 2 * self.pair_lines()].as_chunks().0[block % 2]
     }
 
     fn scale(&self, block: usize, output: usize) -> f32 {
-        let bytes = &self.scales[block];
+        let bytes = self.scales(block);
         f32::from_bits(u32::from(u16::from_le_bytes([bytes[2 * output], bytes[2 * output + 1]])) << 16)
     }
 
-    fn block(&self, block: usize) -> &'a [[u8; 64]] {
-        &self.numbers[block * self.runs..][..self.runs]
+    fn block(&self, block: usize) -> &'a [Line] {
+        &self.lines[block / 2 * self.pair_lines() + 1 + block % 2 * self.block_lines..][..self.block_lines]
     }
 }
 
@@ -248,7 +344,6 @@ fn add_products<const R: usize>(
     y: &mut [[f32; OUTPUTS]; R],
 ) {
     match isa {
-        Isa::Baseline => scalar::add_products(bits, x, panel, blocks, y),
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx2 => unsafe {
@@ -257,29 +352,24 @@ fn add_products<const R: usize>(
                 Bits::Four => avx2::add_products_4(x, panel, blocks, y),
             }
         },
-        #[cfg(target_arch = "x86_64")]
-        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Avx512 => unsafe {
-            match bits {
-                Bits::Eight => avx512::add_products_8(x, panel, blocks, y),
-                Bits::Four => avx512::add_products_4(x, panel, blocks, y),
-            }
-        },
+        _ => scalar::add_products(bits, x, panel, blocks, y),
     }
 }
 
 /// `x` times the outputs of one panel → `y`, one a row.
 fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
-    y.fill([0.0; OUTPUTS]);
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx2 && x.n_rows() >= WIDE_FROM {
-        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        unsafe {
-            avx2::add_products_wide(bits, x, panel, y);
+    #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+    match isa {
+        Isa::Avx512 => return unsafe { avx512::rows_with_panel(bits, x, panel, y) },
+        Isa::Avx2 if x.n_rows >= WIDE_FROM => {
+            y.fill([0.0; OUTPUTS]);
+            return unsafe { avx2::add_products_wide(bits, x, panel, y) };
         }
-        return;
+        Isa::Avx2 | Isa::Baseline => {}
     }
-    let n_blocks = panel.scales.len();
+    y.fill([0.0; OUTPUTS]);
+    let n_blocks = panel.n_blocks();
     let mut first = 0;
     while first < n_blocks {
         let blocks = first..(first + BLOCKS).min(n_blocks);
@@ -289,65 +379,32 @@ fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f
             add_products(isa, bits, [x.row(2 * at), x.row(2 * at + 1)], panel, blocks.clone(), y);
         }
         if let [y] = last {
-            let x = [x.row(x.n_rows() - 1)];
+            let x = [x.row(x.n_rows - 1)];
             add_products(isa, bits, x, panel, blocks, std::array::from_mut(y));
         }
     }
 }
 
-/// `x` times some of the panels; `outputs` ends with the last one's. Rows of `y` are `stride` long.
-fn rows_with_panels(
+/// `x` `[rows, width]` times some panels of a packed matrix `[outputs, width]` transposed → their columns of `y`
+/// `[rows, outputs]`.
+pub(crate) fn rows_with_panels(
+    isa: Isa,
     bits: Bits,
     x: &Rows,
     packed: &[u8],
     width: usize,
     panels: Range<usize>,
-    (y, stride): (&mut [f32], usize),
+    y: &mut Columns<'_>,
 ) {
-    let isa = Isa::detect();
-    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows()];
-    let first = panels.start;
-    for at in panels {
-        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), &mut sums);
-        let start = (at - first) * OUTPUTS;
-        let n = OUTPUTS.min(stride - start);
-        for (y, sums) in y.chunks_exact_mut(stride).zip(&sums) {
-            y[start..][..n].copy_from_slice(&sums[..n]);
+    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows];
+    for (at, panel) in panels.enumerate() {
+        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, panel), &mut sums);
+        for (row, sums) in sums.iter().enumerate() {
+            let y = &mut y.row(row)[at * OUTPUTS..];
+            let n = OUTPUTS.min(y.len());
+            y[..n].copy_from_slice(&sums[..n]);
         }
     }
-}
-
-/// `x` `[rows, width]` times the packed matrix `[outputs, width]` transposed → `[rows, outputs]`. On the threads of the
-/// pool if there is enough to do: they share the panels, so that each is read once.
-pub(crate) fn matmul(bits: Bits, x: &Rows, packed: &[u8], width: usize, outputs: usize) -> Vec<f32> {
-    let n_rows = x.n_rows();
-    let panels = outputs.div_ceil(OUTPUTS);
-    let mut y = vec![0.0; n_rows * outputs];
-    let threads = rayon::current_num_threads();
-    if threads == 1 || n_rows * width * outputs < PARALLEL_FROM {
-        rows_with_panels(bits, x, packed, width, 0..panels, (&mut y, outputs));
-        return y;
-    }
-    let share = panels.div_ceil(threads * 4);
-    let parts: Vec<Vec<f32>> = (0..panels.div_ceil(share))
-        .into_par_iter()
-        .map(|part| {
-            let panels = part * share..((part + 1) * share).min(panels);
-            let stride = (panels.end * OUTPUTS).min(outputs) - panels.start * OUTPUTS;
-            let mut y = vec![0.0; n_rows * stride];
-            rows_with_panels(bits, x, packed, width, panels, (&mut y, stride));
-            y
-        })
-        .collect();
-    let mut start = 0;
-    for part in parts {
-        let n = part.len() / n_rows;
-        for (row, values) in part.chunks_exact(n).enumerate() {
-            y[row * outputs + start..][..n].copy_from_slice(values);
-        }
-        start += n;
-    }
-    y
 }
 
 #[cfg(test)]

@@ -2,17 +2,6 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Every instruction set that this machine can run.
-pub(super) fn all() -> Vec<Isa> {
-    #[cfg(target_arch = "x86_64")]
-    match Isa::detect() {
-        Isa::Avx512 => return vec![Isa::Baseline, Isa::Avx2, Isa::Avx512],
-        Isa::Avx2 => return vec![Isa::Baseline, Isa::Avx2],
-        Isa::Baseline => {}
-    }
-    vec![Isa::Baseline]
-}
-
 pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
@@ -30,7 +19,7 @@ proptest! {
         let (mut wanted, mut wanted_halves) = (vec![0.0; n], vec![0.0; n]);
         matmul(Isa::Baseline, &x, &w, width, &mut wanted);
         matmul(Isa::Baseline, &x, &halves, width, &mut wanted_halves);
-        for isa in all() {
+        for isa in Isa::all() {
             let (mut y, mut y_halves) = (vec![0.0; n], vec![0.0; n]);
             matmul(isa, &x, &w, width, &mut y);
             matmul(isa, &x, &halves, width, &mut y_halves);
@@ -73,7 +62,8 @@ mod candle {
             |values: &[f32], rows| Tensor::from_slice(values, (rows, values.len() / rows), &device).unwrap();
         let x_tensor = tensor(&x, 5);
         let product = x_tensor.matmul(&tensor(&w, 11).t().unwrap()).unwrap();
-        let ours = linear(&x, &w, 37, None);
+        let product_of = Product { rows: &x, width: 37, outputs: 11, matrix: Matrix::F32(&w) };
+        let ours = &products(&[product_of])[0];
         check(&ours.iter().map(|y| y / 40.0).collect::<Vec<_>>(), &(product / 40.0).unwrap());
 
         let mut probabilities = x.clone();

@@ -7,12 +7,12 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Row, Rows, SCALES_BYTES, WIDE_ROWS};
+use super::{BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Part, Row, Rows, SCALES_BYTES, WIDE_ROWS};
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn quantize(x: &[f32], width: usize) -> Rows {
+pub(super) fn quantize(part: Part<'_>) {
     // The same code: the compiler makes vectors of it.
-    super::quantize(x, width)
+    super::quantize(part);
 }
 
 #[inline]
@@ -53,8 +53,8 @@ fn scales(bytes: &[u8; SCALES_BYTES]) -> [__m256; 2] {
 /// Four neighbouring bytes of a row in every lane.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn broadcast(bytes: [u8; 4]) -> __m256i {
-    _mm256_set1_epi32(i32::from_le_bytes(bytes))
+fn broadcast([a, b, c, d]: [i8; 4]) -> __m256i {
+    _mm256_set1_epi32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
 /// Adds one block's dot products to a row's sums.
@@ -89,8 +89,8 @@ pub(super) fn add_products_8<const R: usize>(
             let (halves, _) = run.as_chunks::<32>();
             let w = [load(&halves[0]), load(&halves[1])];
             for r in 0..R {
-                let (steps, _) = x[r].numbers[block].as_chunks::<4>();
-                let x = broadcast(steps[step % STEPS].map(|number| number as u8));
+                let (steps, _) = x[r].numbers(block).as_chunks::<4>();
+                let x = broadcast(steps[step % STEPS]);
                 let magnitudes = _mm256_abs_epi8(x);
                 for half in 0..2 {
                     let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(w[half], x));
@@ -98,9 +98,9 @@ pub(super) fn add_products_8<const R: usize>(
                 }
             }
         }
-        let w_scales = scales(&panel.scales[block]);
+        let w_scales = scales(panel.scales(block));
         for r in 0..R {
-            add(&mut y[r], dots[r], w_scales, x[r].scales[block]);
+            add(&mut y[r], dots[r], w_scales, x[r].scale(block));
         }
     }
 }
@@ -129,8 +129,8 @@ pub(super) fn add_products_4<const R: usize>(
             ];
             for part in 0..2 {
                 for r in 0..R {
-                    let (steps, _) = x[r].numbers[block].as_chunks::<4>();
-                    let x = broadcast(steps[(2 * at + part) % STEPS].map(|number| number as u8));
+                    let (steps, _) = x[r].numbers(block).as_chunks::<4>();
+                    let x = broadcast(steps[(2 * at + part) % STEPS]);
                     for half in 0..2 {
                         let products = _mm256_maddubs_epi16(w[part][half], x);
                         pairs[r][half] = _mm256_add_epi16(pairs[r][half], products);
@@ -138,14 +138,14 @@ pub(super) fn add_products_4<const R: usize>(
                 }
             }
         }
-        let w_scales = scales(&panel.scales[block]);
+        let w_scales = scales(panel.scales(block));
         for r in 0..R {
-            let offset = _mm256_set1_epi32(8 * x[r].sums[block]);
+            let bias = _mm256_set1_epi32(x[r].biases(block)[1]);
             let dots = [
-                _mm256_sub_epi32(_mm256_madd_epi16(pairs[r][0], ones), offset),
-                _mm256_sub_epi32(_mm256_madd_epi16(pairs[r][1], ones), offset),
+                _mm256_add_epi32(_mm256_madd_epi16(pairs[r][0], ones), bias),
+                _mm256_add_epi32(_mm256_madd_epi16(pairs[r][1], ones), bias),
             ];
-            add(&mut y[r], dots, w_scales, x[r].scales[block]);
+            add(&mut y[r], dots, w_scales, x[r].scale(block));
         }
     }
 }
@@ -246,10 +246,11 @@ fn add_wide(
                 }
             }
         }
-        let w_scales = scales(&panel.scales[block]);
+        let w_scales = scales(panel.scales(block));
         for r in 0..WIDE_ROWS {
             // A row that is only there to fill the group has no scale.
-            let x_scale = x.scales.get((group * WIDE_ROWS + r) * x.blocks + block).copied().unwrap_or(0.0);
+            let row = group * WIDE_ROWS + r;
+            let x_scale = if row < x.n_rows { x.row(row).scale(block) } else { 0.0 };
             add(&mut y[r], dots[r], w_scales, x_scale);
         }
     }

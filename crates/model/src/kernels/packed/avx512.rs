@@ -1,19 +1,36 @@
-//! AVX-512 with VNNI. `dpbusd` multiplies unsigned with signed bytes: int8 products take x + 128 and subtract 128 Σ w
-//! again; int4 numbers are unsigned as they are stored.
+//! AVX-512 with VNNI. `dpbusd` multiplies unsigned with signed bytes: a matrix's numbers are read as unsigned, as int4 is
+//! stored and int8 is with its highest bit flipped, and a block's dot product begins with what that adds too much.
+//!
+//! A panel is multiplied with a group of up to eight rows at once: their sums, which stay in registers from the first block
+//! to the last, their dot products and what is multiplied fit 32 registers.
 
-use std::{arch::x86_64::*, ops::Range};
+use std::arch::x86_64::*;
 
-use super::{BLOCK, OUTPUTS, Panel, Row, SCALES_BYTES};
+use super::{BLOCK, Bits, GROUP, Group, Line, OUTPUTS, Panel, Part, Rows, SCALES_BYTES};
 
 /// Groups of four neighbouring elements in a block.
 const STEPS: usize = BLOCK / 4;
 
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn quantize(part: Part<'_>) {
+    // The same code: the compiler makes vectors of it.
+    super::quantize(part);
+}
+
 #[inline(always)]
-fn load(bytes: &[u8; 64]) -> __m512i {
+fn load(bytes: &Line) -> __m512i {
     #[expect(unsafe_code, reason = "sound: 64 bytes are there, and the load needs no alignment")]
     unsafe {
         _mm512_loadu_si512(bytes.as_ptr().cast())
     }
+}
+
+/// Asks for what is read next but a few blocks: the hardware's own prefetch ends at each page of 4 KiB.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(line: &Line) {
+    const AHEAD_BYTES: usize = 2048;
+    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD_BYTES).cast());
 }
 
 /// The scales of one block as f32.
@@ -28,73 +45,92 @@ fn scales(bytes: &[u8; SCALES_BYTES]) -> __m512 {
 /// Four neighbouring numbers of a row in every lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn broadcast(numbers: &[i8; 4]) -> __m512i {
-    _mm512_set1_epi32(i32::from_le_bytes(numbers.map(|number| number as u8)))
+fn broadcast([a, b, c, d]: [i8; 4]) -> __m512i {
+    _mm512_set1_epi32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
-/// Adds one block's dot products to a row's sums.
+/// `x` times the outputs of one panel → `y`, one a row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn rows_with_panel(bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+    for (at, y) in y.chunks_mut(GROUP).enumerate() {
+        let x = x.group(at * GROUP);
+        match bits {
+            Bits::Eight => group_with_panel::<false>(x, panel, at == 0, y),
+            Bits::Four => group_with_panel::<true>(x, panel, at == 0, y),
+        }
+    }
+}
+
+/// The same with one group. The panel is prefetched for the first one; the others find it in a cache.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn add(y: &mut [f32; OUTPUTS], dot: __m512i, w_scales: __m512, x_scale: f32) {
-    let scale = _mm512_mul_ps(w_scales, _mm512_set1_ps(x_scale));
-    #[expect(unsafe_code, reason = "sound: sixteen floats are there, and neither needs an alignment")]
-    unsafe {
-        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, _mm512_loadu_ps(y.as_ptr()));
-        _mm512_storeu_ps(y.as_mut_ptr(), sum);
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-pub(super) fn add_products_8<const R: usize>(
-    x: [Row<'_>; R],
-    panel: Panel<'_>,
-    blocks: Range<usize>,
-    y: &mut [[f32; OUTPUTS]; R],
-) {
-    let offset = _mm512_set1_epi8(-128);
-    for block in blocks {
-        let mut dots = [_mm512_setzero_si512(); R];
-        let mut offsets = _mm512_setzero_si512();
-        let steps = x.map(|row| row.numbers[block].as_chunks::<4>().0);
-        for (step, w) in panel.block(block).iter().enumerate() {
-            let w = load(w);
-            offsets = _mm512_dpbusd_epi32(offsets, offset, w);
-            for r in 0..R {
-                let x = _mm512_xor_si512(broadcast(&steps[r][step % STEPS]), offset);
-                dots[r] = _mm512_dpbusd_epi32(dots[r], x, w);
+fn group_with_panel<const FOUR: bool>(x: Group<'_>, panel: Panel<'_>, is_first: bool, y: &mut [[f32; OUTPUTS]]) {
+    macro_rules! of {
+        ($($n:literal)*) => {
+            match (y.len(), is_first) {
+                $(($n, true) => products::<$n, FOUR, true>(x, panel, y),)*
+                $(($n, false) => products::<$n, FOUR, false>(x, panel, y),)*
+                (n, _) => unreachable!("{n} rows in a group"),
             }
-        }
-        let w_scales = scales(&panel.scales[block]);
-        for r in 0..R {
-            add(&mut y[r], _mm512_sub_epi32(dots[r], offsets), w_scales, x[r].scales[block]);
-        }
+        };
     }
+    of!(1 2 3 4 5 6 7 8);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-pub(super) fn add_products_4<const R: usize>(
-    x: [Row<'_>; R],
+fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
+    x: Group<'_>,
     panel: Panel<'_>,
-    blocks: Range<usize>,
-    y: &mut [[f32; OUTPUTS]; R],
+    y: &mut [[f32; OUTPUTS]],
 ) {
+    let flip = _mm512_set1_epi8(-128);
     let low_halves = _mm512_set1_epi8(0x0f);
-    for block in blocks {
-        let mut dots = [_mm512_setzero_si512(); R];
-        let steps = x.map(|row| row.numbers[block].as_chunks::<4>().0);
-        for (run, w) in panel.block(block).iter().enumerate() {
-            let w = load(w);
-            let low = _mm512_and_si512(w, low_halves);
-            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low_halves);
-            for r in 0..R {
-                dots[r] = _mm512_dpbusd_epi32(dots[r], low, broadcast(&steps[r][2 * run % STEPS]));
-                dots[r] = _mm512_dpbusd_epi32(dots[r], high, broadcast(&steps[r][(2 * run + 1) % STEPS]));
+    // Loops over `R`, not `map`: what is not inlined here is compiled without this function's instructions.
+    let mut sums = [_mm512_setzero_ps(); R];
+    let pair_lines = const { if FOUR { Bits::Four.pair_lines() } else { Bits::Eight.pair_lines() } };
+    let (x_numbers, x_scales) = (x.numbers.as_chunks::<R>().0, x.scales.as_chunks::<R>().0);
+    let mut of_rows = x_numbers.iter().zip(x_scales).zip(x.biases.as_chunks::<R>().0);
+    for lines in panel.lines.chunks_exact(pair_lines) {
+        if PREFETCH {
+            for line in lines {
+                prefetch(line);
             }
         }
-        let w_scales = scales(&panel.scales[block]);
-        for r in 0..R {
-            let offset = _mm512_set1_epi32(8 * x[r].sums[block]);
-            add(&mut y[r], _mm512_sub_epi32(dots[r], offset), w_scales, x[r].scales[block]);
+        let Some((w_scales, lines)) = lines.split_first() else { return };
+        let blocks = lines.chunks_exact(pair_lines / 2).zip(w_scales.as_chunks::<SCALES_BYTES>().0);
+        for ((lines, w_scales), ((x, x_scales), biases)) in blocks.zip(&mut of_rows) {
+            let mut dots = [_mm512_setzero_si512(); R];
+            for r in 0..R {
+                dots[r] = _mm512_set1_epi32(biases[r][usize::from(FOUR)]);
+            }
+            for (at, line) in lines.iter().enumerate() {
+                let w = load(line);
+                if FOUR {
+                    let low = _mm512_and_si512(w, low_halves);
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low_halves);
+                    for r in 0..R {
+                        let (steps, _) = x[r].as_chunks::<4>();
+                        dots[r] = _mm512_dpbusd_epi32(dots[r], low, broadcast(steps[2 * at % STEPS]));
+                        dots[r] = _mm512_dpbusd_epi32(dots[r], high, broadcast(steps[(2 * at + 1) % STEPS]));
+                    }
+                } else {
+                    let w = _mm512_xor_si512(w, flip);
+                    for r in 0..R {
+                        dots[r] = _mm512_dpbusd_epi32(dots[r], w, broadcast(x[r].as_chunks::<4>().0[at % STEPS]));
+                    }
+                }
+            }
+            let w_scales = scales(w_scales);
+            for r in 0..R {
+                let scale = _mm512_mul_ps(w_scales, _mm512_set1_ps(x_scales[r]));
+                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r]), scale, sums[r]);
+            }
+        }
+    }
+    for (y, sums) in y.iter_mut().zip(sums) {
+        #[expect(unsafe_code, reason = "sound: sixteen floats are there, and the store needs no alignment")]
+        unsafe {
+            _mm512_storeu_ps(y.as_mut_ptr(), sums);
         }
     }
 }

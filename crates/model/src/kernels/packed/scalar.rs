@@ -41,12 +41,13 @@ pub(super) fn add_products<const R: usize>(
         let numbers = panel.block(block);
         for (x, y) in x.iter().zip(&mut *y) {
             for (o, y) in y.iter_mut().enumerate() {
-                let products = x.numbers[block]
+                let products = x
+                    .numbers(block)
                     .iter()
                     .enumerate()
                     .map(|(at, x)| i32::from(*x) * i32::from(number(bits, numbers, o, at)));
                 let dot: i32 = products.sum();
-                *y = (dot as f32).mul_add(panel.scale(block, o) * x.scales[block], *y);
+                *y = (dot as f32).mul_add(panel.scale(block, o) * x.scale(block), *y);
             }
         }
     }

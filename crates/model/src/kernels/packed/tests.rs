@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernels::tests::{all, bits as of};
+use crate::kernels::{Matrix, Product, products as multiply, tests::bits as of};
 
 fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
     let mut packed = vec![0; bits.matrix_bytes(w.len() / width, width)];
@@ -11,8 +11,8 @@ fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
 
 fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<f32> {
     let panels = packed.len() / bits.panel_bytes(width);
-    let mut y = vec![0.0; x.n_rows() * panels * OUTPUTS];
-    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows()];
+    let mut y = vec![0.0; x.n_rows * panels * OUTPUTS];
+    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows];
     for at in 0..panels {
         rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), &mut sums);
         for (row, sums) in sums.iter().enumerate() {
@@ -22,10 +22,17 @@ fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<
     y
 }
 
+/// Through the way that everything takes.
+fn matmul(bits: Bits, x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
+    let (rows, bytes) = (Rows::quantize(x, width), packed(bits, w, width));
+    let matrix = Matrix::Packed { bits, bytes: &bytes, rows: &rows };
+    multiply(&[Product { rows: x, width, outputs: w.len() / width, matrix }]).remove(0)
+}
+
 proptest! {
     #[test]
     fn products_have_the_same_bits_everywhere_and_alone(
-        (width, x, w) in (1_usize..100, 1_usize..10, 1_usize..40).prop_flat_map(|(width, rows, outputs)| {
+        (width, x, w) in (1_usize..100, 1_usize..20, 1_usize..40).prop_flat_map(|(width, rows, outputs)| {
             let values = |n: usize| proptest::collection::vec(-8.0_f32..8.0, n * width);
             (Just(width), values(rows), values(outputs))
         })
@@ -34,10 +41,11 @@ proptest! {
         for bits in [Bits::Eight, Bits::Four] {
             let packed = packed(bits, &w, width);
             let wanted = products(Isa::Baseline, bits, &rows, &packed, width);
-            for isa in all() {
+            for isa in Isa::all() {
+                let rows = Rows::quantize_for(isa, &x, width);
                 prop_assert_eq!(of(&products(isa, bits, &rows, &packed, width)), of(&wanted), "{:?} {:?}", isa, bits);
             }
-            let n = wanted.len() / rows.n_rows();
+            let n = wanted.len() / rows.n_rows;
             for (row, x) in x.chunks_exact(width).enumerate() {
                 let alone = products(Isa::detect(), bits, &Rows::quantize(x, width), &packed, width);
                 prop_assert_eq!(of(&alone), of(&wanted[row * n..][..n]));
@@ -80,8 +88,8 @@ fn the_extremes_do_not_overflow() {
     for bits in [Bits::Eight, Bits::Four] {
         for (x, w) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
             let packed = packed(bits, &[w; 16 * WIDTH], WIDTH);
-            let rows = Rows::quantize(&[x; WIDTH], WIDTH);
-            for isa in all() {
+            for isa in Isa::all() {
+                let rows = Rows::quantize_for(isa, &[x; WIDTH], WIDTH);
                 for y in products(isa, bits, &rows, &packed, WIDTH) {
                     let wanted = x * w * WIDTH as f32;
                     assert!(
@@ -100,8 +108,7 @@ fn what_is_not_finite_stays_so() {
         for bits in [Bits::Eight, Bits::Four] {
             let (mut x, mut w) = ([1.0; 40], [1.0; 40]);
             x[33] = bad;
-            let product =
-                |x: &[f32], w: &[f32]| matmul(bits, &Rows::quantize(x, 40), &packed(bits, w, 40), 40, 1)[0];
+            let product = |x: &[f32], w: &[f32]| matmul(bits, x, w, 40)[0];
             assert!(!product(&x, &w).is_finite(), "{bad} in a row, {bits:?}");
             x[33] = 1.0;
             w[33] = bad;
@@ -115,7 +122,7 @@ fn what_is_not_finite_stays_so() {
 fn the_smallest_numbers_are_small() {
     for tiny in [0.0, 1e-45, 1e-39, f32::MIN_POSITIVE] {
         for bits in [Bits::Eight, Bits::Four] {
-            let y = matmul(bits, &Rows::quantize(&[tiny; 32], 32), &packed(bits, &[tiny; 32], 32), 32, 1);
+            let y = matmul(bits, &[tiny; 32], &[tiny; 32], 32);
             assert!(y[0].abs() < 1e-30, "{tiny}, {bits:?}: {y:?}");
         }
     }

@@ -1,0 +1,321 @@
+//! Threads for short steps: a decode step hands them some twenty jobs a layer, each of tens of microseconds. A job is
+//! numbered tasks; whoever is free takes the next number, the caller too. It never waits for a thread that has not begun:
+//! a job that is done before anybody woke up costs its own time and no more.
+//!
+//! Which thread computes a task does not show in its result.
+
+use std::{
+    any::Any,
+    cell::RefCell,
+    hint,
+    num::NonZeroUsize,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use crate::Error;
+
+/// What is done with each number below the number of tasks.
+pub type Task<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// Turns of its loop that the caller waits for the last tasks of others before it sleeps.
+const SPINS_AT_END: u32 = 2_000;
+
+/// The threads that one engine computes with. They end when it is dropped.
+#[derive(Debug)]
+pub struct Threads {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Caller and workers.
+    n: usize,
+    /// Turns of its loop that a worker waits for the next job before it sleeps.
+    spins: u32,
+    state: Mutex<State>,
+    /// Of the state, for those who look without its lock.
+    published: AtomicU64,
+    /// Workers that have begun the job and not yet left it.
+    inside: AtomicUsize,
+    /// The next task.
+    next: AtomicUsize,
+    called: Condvar,
+    left: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The one to be computed now.
+    job: Option<Job>,
+    /// Of jobs so far.
+    n_jobs: u64,
+    asleep: usize,
+    /// What a task of the job panicked with.
+    panic: Option<Box<dyn Any + Send>>,
+    stop: bool,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("n_jobs", &self.n_jobs).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    task: &'static Task<'static>,
+    n_tasks: usize,
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<Arc<Shared>>> = const { RefCell::new(None) };
+}
+
+impl Threads {
+    /// `n` with the caller's own. A worker without a job looks `spins` times for the next one before it sleeps: that
+    /// saves waking it, where there is a core for each thread.
+    pub fn start(n: NonZeroUsize, spins: u32) -> Result<Self, Error> {
+        let shared = Arc::new(Shared {
+            n: n.get(),
+            spins,
+            state: Mutex::default(),
+            published: AtomicU64::new(0),
+            inside: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+            called: Condvar::new(),
+            left: Condvar::new(),
+        });
+        // Dropped at an error, which ends those that were started.
+        let mut threads = Self { shared, workers: Vec::new() };
+        for at in 1..n.get() {
+            let shared = Arc::clone(&threads.shared);
+            let worker = thread::Builder::new()
+                .name(format!("compute-{at}"))
+                .spawn(move || shared.serve())
+                .map_err(|error| Error::new(format!("cannot start {n} compute threads: {error}")))?;
+            threads.workers.push(worker);
+        }
+        Ok(threads)
+    }
+
+    #[must_use]
+    pub fn n(&self) -> usize {
+        self.shared.n
+    }
+
+    /// Runs `compute`, whose kernels then compute with these threads. What is computed elsewhere has one thread.
+    pub fn install<T>(&self, compute: impl FnOnce() -> T) -> T {
+        let _restored = Current::set(Some(Arc::clone(&self.shared)));
+        compute()
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.published.store(u64::MAX, Ordering::Release);
+        self.shared.called.notify_all();
+        for worker in self.workers.drain(..) {
+            // A worker catches what its tasks panic with, and has nothing else to fail at.
+            let _ended = worker.join();
+        }
+    }
+}
+
+/// Puts back what was current before.
+struct Current(Option<Arc<Shared>>);
+
+impl Current {
+    fn set(shared: Option<Arc<Shared>>) -> Self {
+        Self(CURRENT.replace(shared))
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        CURRENT.set(self.0.take());
+    }
+}
+
+/// How many threads compute here.
+#[must_use]
+pub fn count() -> usize {
+    CURRENT.with_borrow(|shared| shared.as_ref().map_or(1, |shared| shared.n))
+}
+
+/// Runs `task` with each number below `n_tasks`, on this thread and the others installed here. Returns when all are
+/// done; panics if one of them did. A task that calls this itself computes alone.
+pub fn run(n_tasks: usize, task: &Task<'_>) {
+    let shared = if n_tasks > 1 { CURRENT.with_borrow(Clone::clone) } else { None };
+    match shared {
+        Some(shared) if shared.n > 1 => {
+            let _alone = Current::set(None);
+            shared.run(n_tasks, task);
+        }
+        Some(_) | None => (0..n_tasks).for_each(task),
+    }
+}
+
+/// Runs `task` with each of `items`.
+pub fn for_each<T: Send>(items: Vec<T>, task: impl Fn(T) + Sync) {
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    run(items.len(), &|at| {
+        let item = items[at].lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(item) = item {
+            task(item);
+        }
+    });
+}
+
+/// What `task` makes of each number below `n`, in their order.
+pub fn map<T: Send>(n: usize, task: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let mut results: Vec<Option<T>> = (0..n).map(|_| None).collect();
+    for_each(results.iter_mut().enumerate().collect(), |(at, result)| *result = Some(task(at)));
+    results.into_iter().flatten().collect()
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Tasks do not panic while it is held.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, n_tasks: usize, task: &Task<'_>) {
+        #[expect(unsafe_code, reason = "sound: this function returns only when nobody is inside the job")]
+        let task = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
+        let job = Job { task, n_tasks };
+        let mut state = self.lock();
+        self.next.store(0, Ordering::Relaxed);
+        state.job = Some(job);
+        state.n_jobs += 1;
+        self.published.store(state.n_jobs, Ordering::Release);
+        let asleep = state.asleep;
+        drop(state);
+        match asleep.min(n_tasks - 1) {
+            0 => {}
+            1 => self.called.notify_one(),
+            _ => self.called.notify_all(),
+        }
+        let caught = self.work(job);
+        let mut state = self.lock();
+        state.job = None;
+        drop(state);
+        for _ in 0..SPINS_AT_END {
+            if self.inside.load(Ordering::Acquire) == 0 {
+                break;
+            }
+            hint::spin_loop();
+        }
+        let mut state = self.lock();
+        while self.inside.load(Ordering::Acquire) > 0 {
+            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let panic = state.panic.take().or(caught);
+        drop(state);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Takes tasks until there are none; gives what one of them panicked with.
+    fn work(&self, job: Job) -> Option<Box<dyn Any + Send>> {
+        // Unwind safe: whoever sees what a task left half done is told by the panic that goes on in the caller.
+        catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                if task >= job.n_tasks {
+                    return;
+                }
+                (job.task)(task);
+            }
+        }))
+        .err()
+    }
+
+    fn serve(&self) {
+        let mut seen = 0;
+        loop {
+            for _ in 0..self.spins {
+                if self.published.load(Ordering::Acquire) != seen {
+                    break;
+                }
+                hint::spin_loop();
+            }
+            let mut state = self.lock();
+            while state.n_jobs == seen && !state.stop {
+                state.asleep += 1;
+                state = self.called.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.asleep -= 1;
+            }
+            if state.stop {
+                return;
+            }
+            seen = state.n_jobs;
+            let Some(job) = state.job else { continue };
+            // Under the lock, as is the end of the job: nobody enters after its caller has looked.
+            self.inside.fetch_add(1, Ordering::Relaxed);
+            drop(state);
+            let caught = self.work(job);
+            let mut state = self.lock();
+            state.panic = state.panic.take().or(caught);
+            self.inside.fetch_sub(1, Ordering::Release);
+            if state.job.is_none() {
+                self.left.notify_one();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn threads(n: usize, spins: u32) -> Threads {
+        Threads::start(NonZeroUsize::new(n).unwrap(), spins).unwrap()
+    }
+
+    #[test]
+    fn every_task_is_run_once() {
+        for (n, spins) in [(1, 0), (2, 0), (4, 0), (4, 1_000)] {
+            threads(n, spins).install(|| {
+                assert_eq!(count(), n);
+                for n_tasks in [0, 1, 2, 7, 1_000] {
+                    for _ in 0..50 {
+                        let runs: Vec<AtomicUsize> = (0..n_tasks).map(|_| AtomicUsize::new(0)).collect();
+                        run(n_tasks, &|at| {
+                            runs[at].fetch_add(1, Ordering::Relaxed);
+                        });
+                        assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1));
+                    }
+                }
+            });
+            assert_eq!(count(), 1, "nothing is installed any more");
+        }
+    }
+
+    #[test]
+    fn results_keep_their_order_and_a_task_may_have_tasks() {
+        let squares = threads(3, 0).install(|| map(100, |at| map(at + 1, |inner| inner * at)[at]));
+        assert_eq!(squares, (0..100).map(|at| at * at).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_threads_live_on() {
+        let threads = threads(3, 0);
+        for bad in [0, 50, 99] {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                threads.install(|| run(100, &|at| assert_ne!(at, bad, "on purpose")));
+            }));
+            assert!(outcome.is_err());
+            assert_eq!(count(), 1, "what was current is put back");
+            let sum: usize = threads.install(|| map(100, |at| at)).into_iter().sum();
+            assert_eq!(sum, 4950);
+        }
+    }
+}
