@@ -47,9 +47,18 @@ pub struct Args {
     #[arg(long, env = "SHOAL_EXPERTS", value_name = "LIST")]
     pub experts: Option<String>,
 
-    /// Compute threads. Default: one a core, since experts are bound by memory bandwidth and one core cannot use it
+    /// Compute threads [default: what a test at the start finds best, all cores or half of them]
     #[arg(long, env = "SHOAL_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+
+    /// Compute threads spin for a moment before they sleep: they wake sooner where each has a core for itself [default: by
+    /// the same test]
+    #[arg(long, env = "SHOAL_SPIN", value_name = "true|false")]
+    pub spin: Option<bool>,
+
+    /// Quantized weights are read into huge pages instead of being mapped [default: by the same test]
+    #[arg(long, env = "SHOAL_HUGE_PAGES", value_name = "true|false")]
+    pub huge_pages: Option<bool>,
 
     /// Most bytes of experts that a placement may have this server hold, such as 48GiB. Default: 80 % of the memory
     /// that is available at the start

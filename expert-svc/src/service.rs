@@ -2,7 +2,6 @@
 
 use std::{
     net::SocketAddr,
-    num::NonZeroUsize,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -11,7 +10,10 @@ use std::{
 use anyhow::Context as _;
 use cluster::Session;
 use ids::InstanceId;
-use model::{Checkpoint, Threads};
+use model::{
+    Checkpoint, Weights,
+    tune::{Tuning, Wanted},
+};
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
@@ -63,16 +65,24 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let advertised = args.advertised(address).map_err(anyhow::Error::msg)?;
     let memory_bytes_max = memory_bytes_max(&args)?;
     let (model, weights, cache_dir) = (args.model.clone(), args.weights, args.cache_dir.clone());
-    let open_it = move || {
-        let checkpoint = Checkpoint::open(&model)
-            .with_context(|| format!("cannot open the checkpoint {}", model.display()))?;
-        open(checkpoint.with_weights(weights, cache_dir), &model, &selection, memory_bytes_max)
+    let wanted = Wanted {
+        threads: args.threads,
+        spin: args.spin,
+        // Weights as they are stored are mapped.
+        huge_pages: if weights == Weights::Stored { Some(false) } else { args.huge_pages },
     };
-    let shard = tokio::task::spawn_blocking(open_it).await.context("opening the checkpoint panicked")??;
+    let open_it = move || {
+        let tuning = tune(wanted)?;
+        let checkpoint = Checkpoint::open(&model)
+            .with_context(|| format!("cannot open the checkpoint {}", model.display()))?
+            .with_weights(weights, cache_dir)
+            .with_huge_pages(tuning.huge_pages);
+        Ok::<_, anyhow::Error>((open(checkpoint, &model, &selection, memory_bytes_max)?, tuning))
+    };
+    let (shard, tuning) =
+        tokio::task::spawn_blocking(open_it).await.context("opening the checkpoint panicked")??;
     let shard = Arc::new(shard);
-
-    let threads = Threads::start(threads(args.threads)?, 0)?;
-    let n_threads = threads.n();
+    let threads = tuning.start()?;
     let compute = Arc::clone(&shard);
     let delay = args.chaos_delay;
     let compute = move |frame: &_| {
@@ -85,7 +95,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let counters = Arc::new(Counters::default());
     let streams = Streams::new(shard.hidden_size(), engine.queue(), counters, system_clock(), tasks.clone());
     let instance = InstanceId::from(process.instance.as_str());
-    tracing::info!(%instance, %address, advertised, threads = n_threads, "listening");
+    tracing::info!(%instance, %address, advertised, ?tuning, "listening");
 
     // The registry is left last: its tasks outlive the others.
     let registered = Tasks::new();
@@ -126,11 +136,11 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     Ok(())
 }
 
-fn threads(wanted: Option<NonZeroUsize>) -> anyhow::Result<NonZeroUsize> {
-    match wanted {
-        Some(threads) => Ok(threads),
-        None => std::thread::available_parallelism().context("cannot count the cores; give --threads"),
-    }
+#[expect(clippy::disallowed_methods, reason = "the edge: how long something takes is what this is about")]
+fn tune(wanted: Wanted) -> anyhow::Result<Tuning> {
+    let cores = std::thread::available_parallelism().context("cannot count the cores")?;
+    let began = Instant::now();
+    Ok(Tuning::find(wanted, cores, &|| began.elapsed())?)
 }
 
 fn memory_bytes_max(args: &Args) -> anyhow::Result<u64> {

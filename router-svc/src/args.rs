@@ -122,9 +122,16 @@ pub struct Args {
     /// Count the rows of each expert in metrics even if there are more than 4,096 (layer, expert) pairs
     #[arg(long, env = "SHOAL_EXPERT_METRICS")]
     pub expert_metrics: bool,
-    /// Compute threads [default: one for each core]
-    #[arg(long, env = "SHOAL_THREADS")]
+    /// Compute threads [default: what a test at the start finds best, all cores or half of them]
+    #[arg(long, env = "SHOAL_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Compute threads spin for a moment before they sleep: they wake sooner where each has a core for itself [default: by
+    /// the same test]
+    #[arg(long, env = "SHOAL_SPIN", value_name = "true|false")]
+    pub spin: Option<bool>,
+    /// Quantized weights are read into huge pages instead of being mapped [default: by the same test]
+    #[arg(long, env = "SHOAL_HUGE_PAGES", value_name = "true|false")]
+    pub huge_pages: Option<bool>,
     /// How long running requests may take to finish after SIGTERM
     #[arg(long, env = "SHOAL_DRAIN_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration, value_name = "TIME")]
     pub drain_timeout: Duration,

@@ -2,14 +2,19 @@
 
 use std::{
     net::SocketAddr,
+    num::NonZeroUsize,
     sync::{Arc, atomic::AtomicUsize, mpsc},
+    time::Instant,
 };
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use cluster::{Record, Role, Session, State, placement::Goal};
 use ids::InstanceId;
-use model::{Backbone, Checkpoint, Threads};
+use model::{
+    Backbone, Checkpoint, Weights,
+    tune::{Tuning, Wanted},
+};
 use proto::v1::{self, router_server::RouterServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::TcpListener;
@@ -32,23 +37,28 @@ use crate::{
 /// and `Status` says which.
 pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
     let tasks = process.tasks.clone();
-    let threads = match args.threads {
-        Some(threads) => threads,
-        None => std::thread::available_parallelism().context("cannot count the cores; give --threads")?,
-    };
-    let threads = Threads::start(threads, 0)?;
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("the listening socket has no address")?;
 
     let (path, weights, cache_dir) = (args.model.clone(), args.weights, args.cache_dir.clone());
-    let (checkpoint, backbone) = tokio::task::spawn_blocking(move || -> Result<_, model::Error> {
-        let checkpoint = Checkpoint::open(&path)?.with_weights(weights, cache_dir);
+    let wanted = Wanted {
+        threads: args.threads,
+        spin: args.spin,
+        // Weights as they are stored are mapped.
+        huge_pages: if weights == Weights::Stored { Some(false) } else { args.huge_pages },
+    };
+    let (checkpoint, backbone, tuning) = tokio::task::spawn_blocking(move || -> Result<_, model::Error> {
+        let tuning = tune(wanted)?;
+        let checkpoint = Checkpoint::open(&path)?
+            .with_weights(weights, cache_dir)
+            .with_huge_pages(tuning.huge_pages);
         let backbone = Backbone::load(&checkpoint)?;
-        Ok((checkpoint, backbone))
+        Ok((checkpoint, backbone, tuning))
     })
     .await?
     .with_context(|| format!("cannot load checkpoint {}", args.model.display()))?;
+    let threads = tuning.start()?;
     let limits = args.limits(backbone.config())?;
     let config = backbone.config().clone();
     let instance = InstanceId::from(format!("router-{}", process.instance).as_str());
@@ -125,7 +135,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     });
     let reported = Arc::clone(&api);
     meters::read_status(&process.metrics, move |now| reported.report(now));
-    tracing::info!(%address, %instance, checkpoint = checkpoint.fingerprint(), "router listens");
+    tracing::info!(%address, %instance, ?tuning, checkpoint = checkpoint.fingerprint(), "router listens");
     ready(address);
     let served = serve(listener, api, &process.metrics, &tasks);
     let deadline = async {
@@ -146,6 +156,14 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     link_tasks.join(args.drain_timeout).await;
     tracing::info!(%instance, "router stopped");
     Ok(())
+}
+
+#[expect(clippy::disallowed_methods, reason = "the edge: how long something takes is what this is about")]
+fn tune(wanted: Wanted) -> Result<Tuning, model::Error> {
+    // A machine that cannot say how many cores it has gets one thread.
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let began = Instant::now();
+    Tuning::find(wanted, cores, &|| began.elapsed())
 }
 
 async fn serve(listener: TcpListener, api: Arc<Api>, metrics: &Metrics, tasks: &Tasks) -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 
 mod digest;
 mod header;
+pub(crate) mod memory;
 pub(crate) mod packed;
 
 use std::{
@@ -50,6 +51,8 @@ pub struct Checkpoint {
     weights: Weights,
     /// Where quantized matrices are kept from one start to the next.
     cache_dir: Option<PathBuf>,
+    /// They are read into huge pages, not mapped.
+    huge_pages: bool,
 }
 
 /// Mapped bytes of some tensors.
@@ -108,13 +111,20 @@ impl Checkpoint {
             )));
         }
         let fingerprint = fingerprint(dir, tensors.keys().chain(absent.keys()).collect())?;
-        Ok(Self { config, files, tensors, absent, fingerprint, weights: Weights::Stored, cache_dir: None })
+        let (weights, cache_dir, huge_pages) = (Weights::Stored, None, false);
+        Ok(Self { config, files, tensors, absent, fingerprint, weights, cache_dir, huge_pages })
     }
 
     /// Its matrices are quantized when they are loaded, or mapped from `cache_dir`, where they are written first.
     #[must_use]
     pub fn with_weights(self, weights: Weights, cache_dir: Option<PathBuf>) -> Self {
         Self { weights, cache_dir, ..self }
+    }
+
+    /// Quantized matrices are read into huge pages where that is true, and stay in their files' mappings otherwise.
+    #[must_use]
+    pub fn with_huge_pages(self, huge_pages: bool) -> Self {
+        Self { huge_pages, ..self }
     }
 
     #[must_use]

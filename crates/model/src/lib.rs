@@ -11,6 +11,7 @@ pub mod layer;
 pub mod pages;
 mod rope;
 mod storage;
+pub mod tune;
 
 pub use backbone::Backbone;
 pub use checkpoint::{Checkpoint, packed::Weights};

@@ -11,7 +11,7 @@ use crate::{
         Checkpoint, Mapped,
         packed::{Shape, Weights},
     },
-    kernels::{Attended, Columns, HEADS_MAX, attend, rms_norm, threads},
+    kernels::{Attended, Columns, HEADS_MAX, attend, packed::Bits, rms_norm, threads},
     pages::Rows,
     rope::Rotary,
     storage::{Input, Linear, add_bias},
@@ -31,7 +31,8 @@ pub(crate) struct Attention {
     kv_a_proj_with_mqa: Linear,
     kv_a_bias: Option<Vec<f32>>,
     kv_a_layernorm: Vec<f32>,
-    kv_b_proj: KvB,
+    /// One a head.
+    kv_b_proj: Vec<KvHead>,
     o_proj: Linear,
     o_bias: Option<Vec<f32>>,
     indexer: Option<Indexer>,
@@ -49,10 +50,7 @@ struct Sizes {
     softmax_scale: f32,
 }
 
-/// `kv_b_proj`, from latents to each head's keys and values.
-struct KvB(Vec<KvHead>);
-
-/// A head's halves of it.
+/// A head's halves of `kv_b_proj`, from latents to its keys and values.
 struct KvHead {
     /// Transposed, `[kv_lora_rank, nope]`: a query times it is what its scalar product with a latent is the score of.
     key: Linear,
@@ -73,22 +71,43 @@ enum Query {
     Direct { q_proj: Linear },
 }
 
+/// Attention's matrices as they come from a checkpoint.
+struct Matrices {
+    /// q_a_proj, or q_proj.
+    q_first: Linear,
+    /// q_b_proj where there is a q_a_proj.
+    q_second: Option<Linear>,
+    kv_a_proj_with_mqa: Linear,
+    kv_b_proj: Vec<KvHead>,
+    o_proj: Linear,
+}
+
+/// Where a packed matrix comes from.
+enum Source {
+    Tensor(usize),
+    /// A head's half of `kv_b_proj`. The key half is used the other way round, and blocks lie along what is summed over.
+    Key(usize),
+    Value(usize),
+}
+
 impl Attention {
     pub(crate) fn load(checkpoint: &Checkpoint, prefix: &str, rotary: Arc<Rotary>) -> Result<Self, Error> {
         let config = checkpoint.config();
         let ModelConfig { hidden_size, num_attention_heads: heads, kv_lora_rank, attention_bias, .. } =
             *config;
         let (nope, rope, v) = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim);
-        let matrix = |name: &str, shape| checkpoint.linear(&format!("{prefix}.{name}.weight"), shape);
+        let softmax_scale = config.rope.softmax_scale(nope + rope) as f32;
+        let sizes = Sizes { heads, nope, rope, v, latent: kv_lora_rank, softmax_scale };
         let bias = |name: &str, len| checkpoint.bias(&format!("{prefix}.{name}.bias"), len, attention_bias);
-        let query = match config.q_lora_rank {
-            Some(rank) => Query::LowRank {
-                q_a_proj: matrix("q_a_proj", [rank, hidden_size])?,
+        let matrices = Matrices::load(checkpoint, prefix, sizes)?;
+        let query = match (config.q_lora_rank, matrices.q_second) {
+            (Some(rank), Some(q_b_proj)) => Query::LowRank {
+                q_a_proj: matrices.q_first,
                 q_a_bias: bias("q_a_proj", rank)?,
                 q_a_layernorm: checkpoint.vector(&format!("{prefix}.q_a_layernorm.weight"), rank)?,
-                q_b_proj: matrix("q_b_proj", [heads * (nope + rope), rank])?,
+                q_b_proj,
             },
-            None => Query::Direct { q_proj: matrix("q_proj", [heads * (nope + rope), hidden_size])? },
+            (None, _) | (Some(_), None) => Query::Direct { q_proj: matrices.q_first },
         };
         let indexer = match (config.indexer, config.q_lora_rank) {
             (Some(sizes), Some(rank)) => {
@@ -96,18 +115,17 @@ impl Attention {
             }
             (Some(_) | None, _) => None,
         };
-        let softmax_scale = config.rope.softmax_scale(nope + rope) as f32;
         Ok(Self {
             query,
-            kv_a_proj_with_mqa: matrix("kv_a_proj_with_mqa", [kv_lora_rank + rope, hidden_size])?,
+            kv_a_proj_with_mqa: matrices.kv_a_proj_with_mqa,
             kv_a_bias: bias("kv_a_proj_with_mqa", kv_lora_rank + rope)?,
             kv_a_layernorm: checkpoint.vector(&format!("{prefix}.kv_a_layernorm.weight"), kv_lora_rank)?,
-            kv_b_proj: KvB::load(checkpoint, &format!("{prefix}.kv_b_proj"), [heads, nope, v, kv_lora_rank])?,
-            o_proj: matrix("o_proj", [hidden_size, heads * v])?,
+            kv_b_proj: matrices.kv_b_proj,
+            o_proj: matrices.o_proj,
             o_bias: bias("o_proj", hidden_size)?,
             indexer,
             rotary,
-            sizes: Sizes { heads, nope, rope, v, latent: kv_lora_rank, softmax_scale },
+            sizes,
         })
     }
 
@@ -191,7 +209,7 @@ impl Attention {
         for (at, head) in of_heads.clone().enumerate() {
             let of_head = |row: usize| &q[(row * heads + head) * (nope + rope)..][..nope + rope];
             let no_position: Vec<f32> = rows.clone().flat_map(|row| &of_head(row)[..nope]).copied().collect();
-            let keys = self.kv_b_proj.0[head].key.apply(&no_position, None); // [rows, latent]
+            let keys = self.kv_b_proj[head].key.apply(&no_position, None); // [rows, latent]
             for (block, (row, key)) in rows.clone().zip(keys.chunks_exact(latent)).enumerate() {
                 let absorbed = &mut absorbed[(block * n_heads + at) * (latent + rope)..][..latent + rope];
                 absorbed[..latent].copy_from_slice(key);
@@ -208,7 +226,7 @@ impl Attention {
         for (at, head) in of_heads.enumerate() {
             let of_head: Vec<f32> =
                 means.chunks_exact(latent).skip(at).step_by(n_heads).flatten().copied().collect();
-            let values = self.kv_b_proj.0[head].value.apply(&of_head, None); // [rows, v]
+            let values = self.kv_b_proj[head].value.apply(&of_head, None); // [rows, v]
             for (row, values) in values.chunks_exact(v).enumerate() {
                 outputs.row(row)[at * v..][..v].copy_from_slice(values);
             }
@@ -243,39 +261,78 @@ impl Attention {
     }
 }
 
-impl KvB {
-    fn load(
-        checkpoint: &Checkpoint,
-        name: &str,
-        [heads, nope, v, latent]: [usize; 4],
-    ) -> Result<Self, Error> {
-        let name = format!("{name}.weight");
-        let shape = [heads * (nope + v), latent];
-        let Weights::Quantized(bits) = checkpoint.weights() else {
-            let matrix = checkpoint.stored(&name, shape)?;
-            let head = |head: usize| {
-                let key = head * (nope + v);
-                let value = key + nope;
-                KvHead { key: matrix.transposed(key..value), value: matrix.rows(value..value + v) }
-            };
-            return Ok(Self((0..heads).map(head).collect()));
+impl Matrices {
+    fn load(checkpoint: &Checkpoint, prefix: &str, sizes: Sizes) -> Result<Self, Error> {
+        let Sizes { heads, nope, rope, v, latent, .. } = sizes;
+        let hidden = checkpoint.config().hidden_size;
+        let name = |name: &str| format!("{prefix}.{name}.weight");
+        let q = heads * (nope + rope);
+        let queries = match checkpoint.config().q_lora_rank {
+            Some(rank) => vec![(name("q_a_proj"), [rank, hidden]), (name("q_b_proj"), [q, rank])],
+            None => vec![(name("q_proj"), [q, hidden])],
         };
-        // A head's key half is used the other way round, and blocks lie along what is summed over.
-        let (key, value) = (Shape { outputs: latent, width: nope }, Shape { outputs: v, width: latent });
-        let shapes: Vec<Shape> = (0..heads).flat_map(|_| [key, value]).collect();
-        let row = |mapped: &Mapped, matrix: usize, row: usize, out: &mut Vec<f32>| {
-            let first = matrix / 2 * (nope + v);
-            if matrix.is_multiple_of(2) {
+        let kv_b = (name("kv_b_proj"), [heads * (nope + v), latent]);
+        let others = vec![
+            (name("kv_a_proj_with_mqa"), [latent + rope, hidden]),
+            (name("o_proj"), [hidden, heads * v]),
+        ];
+        let plain = [others, queries].concat();
+        let (mut matrices, kv_b_proj) = match checkpoint.weights() {
+            Weights::Stored => {
+                let load = |(name, shape): &(String, [usize; 2])| checkpoint.stored(name, *shape);
+                let matrix = load(&kv_b)?;
+                let head = |head: usize| {
+                    let key = head * (nope + v);
+                    let value = key + nope;
+                    KvHead { key: matrix.transposed(key..value), value: matrix.rows(value..value + v) }
+                };
+                (plain.iter().map(load).collect::<Result<Vec<_>, _>>()?, (0..heads).map(head).collect())
+            }
+            Weights::Quantized(bits) => Self::quantized(checkpoint, prefix, sizes, bits, &plain, &kv_b)?,
+        };
+        let mut next = || matrices.pop().ok_or_else(|| Error::new(format!("{prefix} lacks a matrix")));
+        let last = next()?;
+        let (q_first, q_second) = if plain.len() == 4 { (next()?, Some(last)) } else { (last, None) };
+        let (o_proj, kv_a_proj_with_mqa) = (next()?, next()?);
+        Ok(Self { q_first, q_second, kv_a_proj_with_mqa, kv_b_proj, o_proj })
+    }
+
+    /// All of them packed as one unit: long enough for huge pages.
+    fn quantized(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        Sizes { heads, nope, v, latent, .. }: Sizes,
+        bits: Bits,
+        plain: &[(String, [usize; 2])],
+        kv_b: &(String, [usize; 2]),
+    ) -> Result<(Vec<Linear>, Vec<KvHead>), Error> {
+        let halves = (0..heads).flat_map(|head| [Source::Key(head), Source::Value(head)]);
+        let sources: Vec<Source> = (0..plain.len()).map(Source::Tensor).chain(halves).collect();
+        let shape = |source: &Source| match *source {
+            Source::Tensor(at) => Shape { outputs: plain[at].1[0], width: plain[at].1[1] },
+            Source::Key(_) => Shape { outputs: latent, width: nope },
+            Source::Value(_) => Shape { outputs: v, width: latent },
+        };
+        let row = |mapped: &Mapped, matrix: usize, row: usize, out: &mut Vec<f32>| match sources[matrix] {
+            Source::Tensor(at) => mapped.extend_row(&plain[at].0, plain[at].1[1], row, out),
+            Source::Key(head) => {
+                let first = head * (nope + v);
                 (first..first + nope)
-                    .for_each(|output| mapped.extend_number(&name, latent, output, row, out));
-            } else {
-                mapped.extend_row(&name, latent, first + nope + row, out);
+                    .for_each(|output| mapped.extend_number(&kv_b.0, latent, output, row, out));
+            }
+            Source::Value(head) => {
+                mapped.extend_row(&kv_b.0, latent, head * (nope + v) + nope + row, out);
             }
         };
-        let tensors = [(name.clone(), shape.to_vec())];
-        let unit = checkpoint.packed(&name, bits, &tensors, &shapes, row)?;
-        let (pairs, _) = unit.matrices.as_chunks::<2>();
-        Ok(Self(pairs.iter().cloned().map(|[key, value]| KvHead { key, value }).collect()))
+        let tensors: Vec<_> =
+            plain.iter().chain([kv_b]).map(|(name, shape)| (name.clone(), shape.to_vec())).collect();
+        let shapes: Vec<Shape> = sources.iter().map(shape).collect();
+        let unit = checkpoint.packed(prefix, bits, &tensors, &shapes, row)?;
+        let mut matrices = unit.matrices;
+        let halves = matrices.split_off(plain.len());
+        let (pairs, _) = halves.as_chunks::<2>();
+        let heads = pairs.iter().cloned().map(|[key, value]| KvHead { key, value });
+        Ok((matrices, heads.collect()))
     }
 }
 

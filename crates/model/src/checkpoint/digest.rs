@@ -35,6 +35,18 @@ pub(super) fn of_file(path: &Path, offset: u64, n_bytes: u64) -> std::io::Result
     Ok(hash.finish())
 }
 
+/// Fills `bytes` from the file, and hashes them while they are in a core's cache.
+pub(super) fn read_into(file: &File, offset: u64, bytes: &mut [u8]) -> std::io::Result<u64> {
+    let mut hash = XxHash3_64::new();
+    let mut at = offset;
+    for chunk in bytes.chunks_mut(CHUNK_BYTES) {
+        file.read_exact_at(chunk, at)?;
+        hash.write(chunk);
+        at += chunk.len() as u64;
+    }
+    Ok(hash.finish())
+}
+
 pub(super) fn read(
     path: &Path,
     offset: u64,

@@ -9,7 +9,7 @@ use std::{
     fs::{self, File},
     hash::Hasher as _,
     io::Write as _,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
-use super::{Checkpoint, Mapped, digest};
+use super::{Checkpoint, Mapped, digest, memory::Memory};
 use crate::{
     Error,
     kernels::packed::{Bits, OUTPUTS, pack},
@@ -76,7 +76,7 @@ pub(crate) struct Shape {
 /// Bytes of a unit's matrices.
 #[derive(Debug)]
 pub(crate) enum Blob {
-    Owned(Vec<u8>),
+    Memory(Memory),
     /// The file's bytes behind its header.
     Mapped(Mmap),
 }
@@ -84,7 +84,7 @@ pub(crate) enum Blob {
 impl Blob {
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
-            Self::Owned(bytes) => bytes,
+            Self::Memory(bytes) => bytes,
             Self::Mapped(map) => map,
         }
     }
@@ -130,11 +130,13 @@ impl Checkpoint {
             n_bytes,
             hash: String::new(),
         };
-        let (blob, hash) = match path.as_deref().and_then(|path| read(path, &mut wanted)) {
+        let found = path.as_deref().and_then(|path| read(path, &mut wanted, self.huge_pages));
+        let (blob, hash) = match found {
             Some(found) => found,
             None => {
                 let mapped = self.map(tensors)?;
-                let mut bytes = vec![0; n_bytes];
+                let mut bytes = Memory::new(n_bytes, self.huge_pages)
+                    .map_err(|error| Error::new(format!("no memory for {unit}: {error}")))?;
                 for (matrix, (shape, (start, n))) in shapes.iter().zip(&places).enumerate() {
                     let panels = bytes[*start..start + n].par_chunks_mut(bits.panel_bytes(shape.width));
                     panels.enumerate().for_each(|(panel, packed)| {
@@ -146,15 +148,15 @@ impl Checkpoint {
                     });
                 }
                 let hash = XxHash3_64::oneshot(&bytes);
+                if let Some(path) = &path {
+                    wanted.hash = format!("{hash:016x}");
+                    write(path, &wanted, &bytes).map_err(|error| {
+                        Error::new(format!("cannot write cache file {}: {error}", path.display()))
+                    })?;
+                }
                 match &path {
-                    None => (Blob::Owned(bytes), hash),
-                    Some(path) => {
-                        wanted.hash = format!("{hash:016x}");
-                        write(path, &wanted, &bytes).map_err(|error| {
-                            Error::new(format!("cannot write cache file {}: {error}", path.display()))
-                        })?;
-                        (map(path)?, hash)
-                    }
+                    Some(path) if !self.huge_pages => (map(path)?, hash),
+                    Some(_) | None => (Blob::Memory(bytes), hash),
                 }
             }
         };
@@ -215,25 +217,28 @@ fn places(bits: Bits, shapes: &[Shape]) -> Vec<(usize, usize)> {
 }
 
 /// None: there is none, or it is not what is wanted, or it was damaged; all of them are made anew.
-fn read(path: &Path, wanted: &mut Header) -> Option<(Blob, u64)> {
+fn read(path: &Path, wanted: &mut Header, huge_pages: bool) -> Option<(Blob, u64)> {
     let file = File::open(path).ok()?;
     if file.metadata().ok()?.len() != (HEADER_BYTES + wanted.n_bytes) as u64 {
         return None;
     }
     let mut header = vec![0; HEADER_BYTES];
-    digest::read(path, 0, HEADER_BYTES as u64, &mut header.clone(), |bytes| header.copy_from_slice(bytes))
-        .ok()?;
+    file.read_exact_at(&mut header, 0).ok()?;
     let header: Header = serde_json::from_slice(&header).ok()?;
     wanted.hash.clone_from(&header.hash);
     if header != *wanted {
         return None;
     }
-    // Through the file first: what the disk cannot read is an error here, and would end the process in a mapping.
-    let hash = digest::of_file(path, HEADER_BYTES as u64, wanted.n_bytes as u64).ok()?;
-    if header.hash != format!("{hash:016x}") {
-        return None;
-    }
-    Some((map(path).ok()?, hash))
+    // Through the file: what the disk cannot read is an error here, and would end the process in a mapping.
+    let (blob, hash) = if huge_pages {
+        let mut bytes = Memory::new(wanted.n_bytes, true).ok()?;
+        let hash = digest::read_into(&file, HEADER_BYTES as u64, &mut bytes).ok()?;
+        (Blob::Memory(bytes), hash)
+    } else {
+        let hash = digest::of_file(path, HEADER_BYTES as u64, wanted.n_bytes as u64).ok()?;
+        (map(path).ok()?, hash)
+    };
+    (header.hash == format!("{hash:016x}")).then_some((blob, hash))
 }
 
 #[expect(
