@@ -202,7 +202,7 @@ impl Args {
             "--context-max {context_max} is more than the checkpoint's max_position_embeddings {}",
             config.max_position_embeddings
         );
-        let page_bytes = Pages::page_bytes(config, self.page_positions);
+        let page_bytes = Pages::page_bytes(config, self.weights, self.page_positions);
         let n_pages = self.pages.unwrap_or_else(|| {
             let wanted = DEFAULT_CONTEXTS * context_max.div_ceil(self.page_positions);
             wanted.min(DEFAULT_CACHE_BYTES_MAX / page_bytes).max(1)

@@ -28,7 +28,7 @@ pub(crate) fn calibrate(
 ) -> Result<(), Error> {
     let config = backbone.config();
     let n_rows = PROBE_ROWS.min(config.max_position_embeddings);
-    let mut pages = Pages::new(config, 1, n_rows);
+    let mut pages = Pages::new(backbone, 1, n_rows);
     let mut participants = Participants::default();
     let mut step = Step {
         ids: probe(n_rows, config.vocab_size),

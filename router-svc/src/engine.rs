@@ -82,7 +82,7 @@ impl Engine {
         observers: Observers,
     ) -> Self {
         Self {
-            pages: Pages::new(backbone.config(), limits.n_pages, limits.page_positions),
+            pages: Pages::new(&backbone, limits.n_pages, limits.page_positions),
             scheduler: Scheduler::new(limits),
             remote,
             mode: CombineMode::new(limits),

@@ -1,10 +1,12 @@
 //! `shoal bench`: tokens a second of a cluster of this machine's own, without gateway and tokenizer.
 
+mod local;
+
 use std::{
     fmt,
     io::{self, Write as _},
     num::NonZeroUsize,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -18,6 +20,7 @@ use proto::{
 use serde::Serialize;
 use tonic::transport::Channel;
 
+use self::local::Local;
 use crate::{
     checkpoint_dir,
     cluster::{Cluster, Plan, Where, router_client},
@@ -30,7 +33,7 @@ use crate::{
 ///
 /// Prompts are random token ids, answers are as long as asked whatever they say. Decoding is timed from the moment at
 /// which every sequence has its first token until the first one ends. Each figure is the median over the rounds, with
-/// the smallest and the largest; one round goes before them, unmeasured.
+/// the smallest and the largest.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  shoal bench --model DIR --weights q8 --experts 1,2,4,8 --batch 1,16")]
 pub(crate) struct Args {
@@ -39,9 +42,9 @@ pub(crate) struct Args {
     model: Option<PathBuf>,
     #[command(flatten)]
     weights: WeightsArgs,
-    /// Numbers of expert servers
+    /// Numbers of expert servers; 0: all in one process, without router and network, for comparison
     #[arg(long, value_delimiter = ',', default_value = "2", value_name = "N,…")]
-    experts: Vec<NonZeroUsize>,
+    experts: Vec<usize>,
     /// Lengths of prompts whose prefill is timed; 0: none
     #[arg(long, value_delimiter = ',', default_value = "512", value_name = "TOKENS,…")]
     prefill: Vec<usize>,
@@ -57,6 +60,9 @@ pub(crate) struct Args {
     /// Measured rounds
     #[arg(long, default_value = "5", value_name = "N")]
     rounds: NonZeroUsize,
+    /// Rounds before them
+    #[arg(long, default_value = "1", value_name = "N")]
+    warm_up: usize,
     /// Print one JSON line a figure instead of a table
     #[arg(long)]
     json: bool,
@@ -109,23 +115,21 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let progress = ProgressBar::new((args.experts.len() * cases.len()) as u64);
     let mut figures = Vec::new();
     for &experts in &args.experts {
-        let cluster = Cluster::start(&plan(&args, model.clone(), experts.get())).await?;
-        let mut client = router_client(cluster.routers[0].address).await?;
-        let status = client.status(v1::RouterStatusRequest {}).await?.into_inner();
-        let mut prompts = Prompts { vocab: status.vocab_size, state: 1 };
+        let mut subject = Subject::start(&args, &model, experts).await?;
+        let mut prompts = Prompts { vocab: subject.vocab().await?, state: 1 };
         for &case in &cases {
             let mut rates = Vec::with_capacity(args.rounds.get());
-            for round in 0..=args.rounds.get() {
-                let rate = measure(&client, case, args.decode, &mut prompts).await;
+            for round in 0..args.warm_up + args.rounds.get() {
+                let rate = subject.measure(case, args.decode, &mut prompts).await;
                 let rate = rate.with_context(|| format!("{case} with {experts} expert servers"))?;
-                if round > 0 {
+                if round >= args.warm_up {
                     rates.push(rate);
                 }
             }
             rates.sort_by(f64::total_cmp);
             figures.push(Figure {
                 case,
-                experts: experts.get(),
+                experts,
                 weights: args.weights.weights.name(),
                 median: rates[rates.len() / 2],
                 min: rates[0],
@@ -134,11 +138,50 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
             });
             progress.inc(1);
         }
-        cluster.stop().await;
+        subject.stop().await;
     }
     progress.finish_and_clear();
     print(&figures, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is measured.
+enum Subject {
+    Cluster { cluster: Cluster, client: RouterClient<Channel> },
+    Local(Box<Local>),
+}
+
+impl Subject {
+    async fn start(args: &Args, model: &Path, experts: usize) -> anyhow::Result<Self> {
+        if experts == 0 {
+            return Ok(Self::Local(Box::new(Local::load(model, &args.weights)?)));
+        }
+        let cluster = Cluster::start(&plan(args, model.to_owned(), experts)).await?;
+        let client = router_client(cluster.routers[0].address).await?;
+        Ok(Self::Cluster { cluster, client })
+    }
+
+    async fn vocab(&mut self) -> anyhow::Result<u32> {
+        Ok(match self {
+            Self::Cluster { client, .. } => {
+                client.status(v1::RouterStatusRequest {}).await?.into_inner().vocab_size
+            }
+            Self::Local(local) => local.vocab(),
+        })
+    }
+
+    async fn measure(&self, case: Case, decode: u32, prompts: &mut Prompts) -> anyhow::Result<f64> {
+        match self {
+            Self::Cluster { client, .. } => measure(client, case, decode, prompts).await,
+            Self::Local(local) => local.measure(case, decode, prompts),
+        }
+    }
+
+    async fn stop(self) {
+        if let Self::Cluster { cluster, .. } = self {
+            cluster.stop().await;
+        }
+    }
 }
 
 fn plan(args: &Args, model: PathBuf, experts: usize) -> Plan {

@@ -81,7 +81,7 @@ impl Cluster {
                 plan.log_args.clone(),
                 vec![service.to_owned(), "--model".to_owned(), plan.model.display().to_string()],
                 plan.trace_args.clone(),
-                if service == "gateway" { Vec::new() } else { plan.weights_args.clone() },
+                if service == "gateway" { Vec::new() } else { compute_args(plan, &args) },
                 args,
             ]
             .concat(),
@@ -157,6 +157,13 @@ impl Cluster {
     pub(crate) fn own_registry(&self) -> Option<String> {
         self.etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address))
     }
+}
+
+/// Flags of a process that shares its cores with the others: one that spins takes them from those it waits for.
+fn compute_args(plan: &Plan, own: &[String]) -> Vec<String> {
+    let is_set = own.iter().any(|arg| arg.starts_with("--spin"));
+    let spin = (!is_set).then(|| "--spin=false".to_owned());
+    plan.weights_args.iter().cloned().chain(spin).collect()
 }
 
 /// A client of a router of ours.

@@ -14,6 +14,7 @@ pub struct Backbone {
     layers: Vec<Layer>,
     norm: Vec<f32>,
     lm_head: Linear,
+    weights: Weights,
 }
 
 const EMBED_TOKENS: &str = "model.embed_tokens.weight";
@@ -49,6 +50,7 @@ impl Backbone {
                 // What every answer goes through is worth its bytes.
                 Weights::Quantized(_) => checkpoint.quantized(head, shape, Bits::Eight)?,
             },
+            weights: checkpoint.weights(),
             config,
         })
     }
@@ -56,6 +58,12 @@ impl Backbone {
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// How its matrices are kept.
+    #[must_use]
+    pub const fn weights(&self) -> Weights {
+        self.weights
     }
 
     #[must_use]

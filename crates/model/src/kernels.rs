@@ -23,7 +23,7 @@ pub(crate) use generic::{Attended, HEADS_MAX, layer_norm, sigmoid};
 const PARALLEL_FROM: usize = 1 << 18;
 
 /// Into how many tasks products are cut for each thread: what a thread that was late leaves to the others is small.
-const TASKS_PER_THREAD: usize = 6;
+const TASKS_PER_THREAD: usize = 16;
 
 /// Outputs that are never cut apart.
 const UNIT: usize = packed::OUTPUTS;
@@ -219,6 +219,10 @@ dispatch! {
     /// `sum += weight * values`, the products rounded half to even to whole multiples of `step`, a power of two; false if
     /// any is beyond `max` or no number.
     pub fn add_on_grid(sum: &mut [f32], values: &[f32], weight: f32, step: f32, max: f32) -> bool
+}
+dispatch! {
+    /// `sum += Σ weights[row] · max(products[row], 0)`
+    fn add_positive(products: &[[f32; packed::OUTPUTS]], weights: &[f32], sum: &mut [f32; packed::OUTPUTS])
 }
 dispatch! {
     /// One row's heads over some positions; see [`Attended`].

@@ -36,6 +36,9 @@ impl Rope {
     }
 }
 
+/// (cos, sin) of every pair at one position.
+pub(crate) struct Angles(Vec<(f32, f32)>);
+
 impl Rotary {
     pub(crate) fn new(config: &ModelConfig) -> Self {
         let dim = config.qk_rope_head_dim;
@@ -48,22 +51,25 @@ impl Rotary {
         Self { inv_freq, attention_factor: config.rope.attention_factor() as f32 }
     }
 
-    /// (cos, sin) of every pair at `position`. The angle is the f32 product that the reference computes; its cosine is
+    /// The angle is the f32 product that the reference computes; its cosine is
     /// taken in f64, so that no libm's last bit shows.
-    fn angles(&self, position: usize) -> impl Iterator<Item = (f32, f32)> + '_ {
-        self.inv_freq.iter().map(move |freq| {
+    pub(crate) fn angles(&self, position: usize) -> Angles {
+        let of_pair = |freq: &f32| {
             let (sin, cos) = f64::from(position as f32 * freq).sin_cos();
             (cos as f32 * self.attention_factor, sin as f32 * self.attention_factor)
-        })
+        };
+        Angles(self.inv_freq.iter().map(of_pair).collect())
     }
+}
 
+impl Angles {
     /// Rotates pairs (0, 1), (2, 3), …: MLA's queries and keys. Written back as halves, as the reference does; a
     /// scalar product does not see it.
-    pub(crate) fn rotate_interleaved(&self, x: &mut [f32], position: usize) {
-        let half = self.inv_freq.len();
+    pub(crate) fn rotate_interleaved(&self, x: &mut [f32]) {
+        let half = self.0.len();
         let rotated: Vec<(f32, f32)> = x
             .chunks_exact(2)
-            .zip(self.angles(position))
+            .zip(&self.0)
             .map(|(pair, (cos, sin))| (pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin))
             .collect();
         for (at, (a, b)) in rotated.into_iter().enumerate() {
@@ -73,9 +79,9 @@ impl Rotary {
     }
 
     /// Rotates pairs (i, i + half) of the first `2 * half` numbers: the indexer's queries and keys.
-    pub(crate) fn rotate_half_split(&self, x: &mut [f32], position: usize) {
-        let half = self.inv_freq.len();
-        for (at, (cos, sin)) in self.angles(position).enumerate() {
+    pub(crate) fn rotate_half_split(&self, x: &mut [f32]) {
+        let half = self.0.len();
+        for (at, (cos, sin)) in self.0.iter().enumerate() {
             let (a, b) = (x[at], x[at + half]);
             x[at] = a * cos - b * sin;
             x[at + half] = b * cos + a * sin;

@@ -33,7 +33,7 @@ pub struct Wanted {
 const SPINS: u32 = 2_000;
 
 /// A matrix beyond what caches hold of it, for the pages it lies in.
-const PAGES_BYTES: usize = 48 << 20;
+const PAGES_BYTES: usize = 128 << 20;
 
 /// A matrix as one step multiplies it, for the threads: some 50 µs of one core.
 const STEP_BYTES: usize = 1 << 19;
@@ -43,7 +43,7 @@ const STEPS: usize = 40;
 const TRIES: usize = 4;
 
 /// What is not the simplest choice must be better by this much.
-const BETTER: f64 = 0.96;
+const BETTER: f64 = 0.97;
 
 const WIDTH: usize = 2048;
 
@@ -77,9 +77,12 @@ impl Tuning {
         let huge_pages = match wanted.huge_pages {
             Some(huge_pages) => huge_pages,
             None => {
-                let [small, huge] = [false, true].map(|huge| Probe::new(PAGES_BYTES, huge));
-                let (small, huge) = (small?, huge?);
-                best(elapsed, || huge.run()) < best(elapsed, || small.run()).mul_f64(BETTER)
+                let [small, huge]: [Result<Duration, Error>; 2] = [false, true].map(|huge| {
+                    // One after the other: they are large.
+                    let probe = Probe::new(PAGES_BYTES, huge)?;
+                    Ok(best(elapsed, || probe.run()))
+                });
+                huge? < small?.mul_f64(BETTER)
             }
         };
         let threads = wanted.threads.map_or_else(|| candidates(cores), |threads| vec![threads]);

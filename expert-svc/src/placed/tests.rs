@@ -159,9 +159,10 @@ async fn holdings_that_change_under_load_lose_no_frame() {
     let weights = HashMap::from([(0, weights(0)), (5, weights(5))]);
 
     let compute = Arc::clone(shard);
+    let threads = model::Threads::start(std::num::NonZeroUsize::MIN, 0).unwrap();
     let clock: crate::engine::Clock = Arc::new(|| tokio::time::Instant::now().into_std());
     let engine =
-        Engine::start(1, Arc::new(move |frame: &_| compute.compute(frame)), Arc::clone(&clock), quiet())
+        Engine::start(threads, Arc::new(move |frame: &_| compute.compute(frame)), Arc::clone(&clock), quiet())
             .unwrap();
     let streams =
         Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, follower.tasks.clone());

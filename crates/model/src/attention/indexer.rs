@@ -1,14 +1,15 @@
 //! DSA indexer: which positions attention may read. score(t, s) = Σ_h w[t, h] · relu(q[t, h] · k[s]) / sqrt(d), and the
 //! `index_topk` best positions are read (DeepSeek-V3.2 §2.1).
 
+use ids::PageIndex;
+
 use super::mla::Reader;
 use crate::{
     Error, ModelConfig,
     checkpoint::Checkpoint,
     config,
-    kernels::{Isa, dot, layer_norm},
-    pages::Rows,
-    rope::Rotary,
+    kernels::{Isa, dot, layer_norm, packed, threads},
+    pages::IndexKeys,
     storage::{Input, Linear},
 };
 
@@ -31,6 +32,9 @@ pub(crate) struct IndexQueries {
     /// `[rows, heads]`
     weights: Vec<f32>,
 }
+
+/// Pages that one thread scores at a time have so many positions.
+const SCORED_POSITIONS: usize = 1024;
 
 impl Indexer {
     pub(crate) fn load(
@@ -69,14 +73,13 @@ impl Indexer {
         normed: &Input<'_>,
         q_resid: &[f32],
         readers: &[Reader<'_>],
-        rotary: &Rotary,
     ) -> IndexQueries {
         let config::Indexer { index_n_heads, index_head_dim, .. } = self.sizes;
         let q_resid = Input::new(q_resid);
         let [mut q, mut weights] =
             Linear::apply_all([(&self.wq_b, &q_resid), (&self.weights_proj, normed)]);
         for (head, q) in q.chunks_exact_mut(index_head_dim).enumerate() {
-            rotary.rotate_half_split(q, readers[head / index_n_heads].position);
+            readers[head / index_n_heads].angles.rotate_half_split(q);
         }
         let scale = (index_n_heads as f32).powf(-0.5);
         weights.iter_mut().for_each(|weight| *weight *= scale);
@@ -88,30 +91,60 @@ impl Indexer {
         &self,
         queries: &IndexQueries,
         row: usize,
-        Reader { position, pages }: Reader<'_>,
-        keys: &Rows,
+        reader: &Reader<'_>,
+        keys: &IndexKeys,
     ) -> Option<Vec<usize>> {
         let config::Indexer { index_n_heads, index_head_dim, index_topk } = self.sizes;
-        if position < index_topk {
+        if reader.position < index_topk {
             return None;
         }
-        let isa = Isa::detect();
-        let scale = (index_head_dim as f32).powf(-0.5);
         let q = &queries.q[row * index_n_heads * index_head_dim..][..index_n_heads * index_head_dim];
         let weights = &queries.weights[row * index_n_heads..][..index_n_heads];
-        let mut scored: Vec<(f32, usize)> = (0..=position)
-            .map(|s| {
-                let key = keys.get(pages, s);
-                let heads = q.chunks_exact(index_head_dim).zip(weights);
-                let score = heads.map(|(q, weight)| weight * (dot(isa, q, key) * scale).max(0.0)).sum();
-                (score, s)
-            })
-            .collect();
-        // Among equals the earliest position: the order must not depend on the algorithm.
-        let order = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        scored.select_nth_unstable_by(index_topk - 1, order);
-        let mut selected: Vec<usize> = scored[..index_topk].iter().map(|(_, s)| *s).collect();
+        let mut scores = vec![0.0; reader.position + 1];
+        self.score(q, weights, reader.pages, keys, &mut scores);
+        // In one number the score, in its total order, and the position: among equals the earliest is the largest.
+        let key = |(position, score): (usize, f32)| {
+            let bits = score.to_bits();
+            let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+            u64::from(ordered) << 32 | u64::from(u32::MAX - position as u32)
+        };
+        let mut keys: Vec<u64> = scores.into_iter().enumerate().map(key).collect();
+        keys.select_nth_unstable_by(index_topk - 1, |a, b| b.cmp(a));
+        let mut selected: Vec<usize> =
+            keys[..index_topk].iter().map(|key| (u32::MAX - *key as u32) as usize).collect();
         selected.sort_unstable();
         Some(selected)
+    }
+
+    /// Of one row with each position's key.
+    fn score(&self, q: &[f32], weights: &[f32], pages: &[PageIndex], keys: &IndexKeys, scores: &mut [f32]) {
+        let head_dim = self.sizes.index_head_dim;
+        let scale = (head_dim as f32).powf(-0.5);
+        let page_positions = keys.page_positions();
+        let share = SCORED_POSITIONS.div_ceil(page_positions) * page_positions;
+        let parts = scores.chunks_mut(share).enumerate().collect();
+        match keys {
+            IndexKeys::Rows(keys) => {
+                let isa = Isa::detect();
+                threads::for_each(parts, |(part, scores): (usize, &mut [f32])| {
+                    for (score, position) in scores.iter_mut().zip(part * share..) {
+                        let key = keys.get(pages, position);
+                        let heads = q.chunks_exact(head_dim).zip(weights);
+                        *score = heads.map(|(q, weight)| weight * (dot(isa, q, key) * scale).max(0.0)).sum();
+                    }
+                });
+            }
+            IndexKeys::Panels { width, page_positions, bytes } => {
+                let q = packed::Rows::quantize(q, head_dim);
+                let weights: Vec<f32> = weights.iter().map(|weight| weight * scale).collect();
+                threads::for_each(parts, |(part, scores): (usize, &mut [f32])| {
+                    let pages = &pages[part * share / page_positions..];
+                    for (scores, &page) in scores.chunks_mut(*page_positions).zip(pages) {
+                        let panels = IndexKeys::panels(*width, *page_positions, bytes, page);
+                        packed::sum_of_positive(&q, &weights, panels, *width, scores);
+                    }
+                });
+            }
+        }
     }
 }

@@ -12,8 +12,8 @@ use crate::{
         packed::{Shape, Weights},
     },
     kernels::{Attended, Columns, HEADS_MAX, attend, packed::Bits, rms_norm, threads},
-    pages::Rows,
-    rope::Rotary,
+    pages::{IndexKeys, Rows},
+    rope::{Angles, Rotary},
     storage::{Input, Linear, add_bias},
 };
 
@@ -59,10 +59,10 @@ struct KvHead {
 }
 
 /// One row of the batch: it reads up to its own position.
-#[derive(Clone, Copy)]
 pub(super) struct Reader<'a> {
     pub(super) position: usize,
     pub(super) pages: &'a [PageIndex],
+    pub(super) angles: Angles,
 }
 
 /// How queries are made: through a low-rank bottleneck, or directly (V2-Lite).
@@ -138,33 +138,34 @@ impl Attention {
         pages: &mut Pages,
     ) -> Vec<f32> {
         let Sizes { heads, nope, rope, .. } = self.sizes;
+        let reader = |(position, pages)| Reader { position, pages, angles: self.rotary.angles(position) };
         let readers: Vec<Reader<'_>> = spans
             .iter()
-            .flat_map(|span| {
-                let positions = span.position..span.position + span.rows.len();
-                positions.map(|position| Reader { position, pages: span.pages })
-            })
+            .flat_map(|span| (span.position..).take(span.rows.len()).map(|position| (position, span.pages)))
+            .map(reader)
             .collect();
         let (latents, index_keys) = pages.layer(layer);
         let input = Input::new(normed);
         let [compressed, kv] =
             Linear::apply_all([(self.query.first(), &input), (&self.kv_a_proj_with_mqa, &input)]);
-        self.cache(&input, kv, spans, latents, index_keys);
+        self.cache(&input, kv, &readers, latents, index_keys);
 
         let (mut q, q_resid) = self.query.finish(compressed); // [rows, heads, nope + rope]
-        for (head, q) in q.chunks_exact_mut(nope + rope).enumerate() {
-            self.rotary.rotate_interleaved(&mut q[nope..], readers[head / heads].position);
+        for (q, reader) in q.chunks_exact_mut(heads * (nope + rope)).zip(&readers) {
+            for q in q.chunks_exact_mut(nope + rope) {
+                reader.angles.rotate_interleaved(&mut q[nope..]);
+            }
         }
         let index_queries =
-            self.indexer.as_ref().map(|indexer| indexer.queries(&input, &q_resid, &readers, &self.rotary));
+            self.indexer.as_ref().map(|indexer| indexer.queries(&input, &q_resid, &readers));
         let selected = threads::map(readers.len(), |row| {
-            self.indexer.as_ref()?.select(index_queries.as_ref()?, row, readers[row], index_keys)
+            self.indexer.as_ref()?.select(index_queries.as_ref()?, row, &readers[row], index_keys)
         });
         let read = |row: usize| -> Vec<&[f32]> {
-            let Reader { position, pages } = readers[row];
+            let Reader { position, pages, .. } = &readers[row];
             match &selected[row] {
                 Some(selected) => selected.iter().map(|&s| latents.get(pages, s)).collect(),
-                None => (0..=position).map(|s| latents.get(pages, s)).collect(),
+                None => (0..=*position).map(|s| latents.get(pages, s)).collect(),
             }
         };
         self.o_proj.apply(&self.attend(&q, readers.len(), &read), self.o_bias.as_deref())
@@ -237,25 +238,23 @@ impl Attention {
         &self,
         normed: &Input<'_>,
         mut kv: Vec<f32>, // [rows, latent + rope]
-        spans: &[Span<'_>],
+        readers: &[Reader<'_>],
         latents: &mut Rows,
-        index_keys: &mut Rows,
+        index_keys: &mut IndexKeys,
     ) {
         let Sizes { latent, rope, .. } = self.sizes;
         add_bias(&mut kv, self.kv_a_bias.as_deref());
         let keys = self.indexer.as_ref().map(|indexer| (indexer.head_dim(), indexer.keys(normed)));
-        for span in spans {
-            for (row, position) in span.rows.clone().zip(span.position..) {
-                let kv = &mut kv[row * (latent + rope)..][..latent + rope];
-                let normed = rms_norm(&kv[..latent], &self.kv_a_layernorm, INNER_NORM_EPS);
-                kv[..latent].copy_from_slice(&normed);
-                self.rotary.rotate_interleaved(&mut kv[latent..], position);
-                latents.set(span.pages, position, kv);
-                if let Some((width, keys)) = &keys {
-                    let mut key = keys[row * width..][..*width].to_vec();
-                    self.rotary.rotate_half_split(&mut key, position);
-                    index_keys.set(span.pages, position, &key);
-                }
+        for (row, reader) in readers.iter().enumerate() {
+            let kv = &mut kv[row * (latent + rope)..][..latent + rope];
+            let normed = rms_norm(&kv[..latent], &self.kv_a_layernorm, INNER_NORM_EPS);
+            kv[..latent].copy_from_slice(&normed);
+            reader.angles.rotate_interleaved(&mut kv[latent..]);
+            latents.set(reader.pages, reader.position, kv);
+            if let Some((width, keys)) = &keys {
+                let mut key = keys[row * width..][..*width].to_vec();
+                reader.angles.rotate_half_split(&mut key);
+                index_keys.set(reader.pages, reader.position, &key);
             }
         }
     }

@@ -153,6 +153,15 @@ pub(super) fn add_on_grid(sum: &mut [f32], values: &[f32], weight: f32, step: f3
     all
 }
 
+#[inline(always)]
+pub(super) fn add_positive(products: &[[f32; LANES]], weights: &[f32], sum: &mut [f32; LANES]) {
+    for (products, weight) in products.iter().zip(weights) {
+        for (sum, product) in sum.iter_mut().zip(products) {
+            *sum = weight.mul_add(product.max(0.0), *sum);
+        }
+    }
+}
+
 /// Sum over sixteen lanes, the order of [`dot`].
 #[inline(always)]
 fn sum(values: impl Iterator<Item = f32>) -> f32 {

@@ -243,38 +243,44 @@ fn quantize(part: Part<'_>) {
 
 /// Packs `w` `[outputs, width]` into `packed`, which has [`Bits::matrix_bytes`].
 pub(crate) fn pack(bits: Bits, w: &[f32], width: usize, packed: &mut [u8]) {
-    let outputs = w.len() / width;
-    let zero = match bits {
-        Bits::Eight => 0,
-        Bits::Four => 0x88,
-    };
-    for (panel, packed) in packed.chunks_exact_mut(bits.panel_bytes(width)).enumerate() {
-        let (lines, _) = packed.as_chunks_mut::<{ size_of::<Line>() }>();
-        for (pair, lines) in lines.chunks_exact_mut(bits.pair_lines()).enumerate() {
-            let Some((scales, lines)) = lines.split_first_mut() else { continue };
-            scales.fill(0);
-            lines.fill([zero; size_of::<Line>()]);
-            for o in 0..OUTPUTS.min(outputs - panel * OUTPUTS) {
-                let row = &w[(panel * OUTPUTS + o) * width..][..width];
-                let blocks = row[(pair * 2 * BLOCK).min(width)..].chunks(BLOCK);
-                let of_lines = scales.as_chunks_mut::<SCALES_BYTES>().0.iter_mut().zip(lines.chunks_exact_mut(bits.block_lines()));
-                for (elements, (scales, lines)) in blocks.zip(of_lines) {
-                    let scale = scale(bits, elements);
-                    scales[2 * o..][..2].copy_from_slice(&scale.to_le_bytes());
-                    let inverse = if scale.to_f32() == 0.0 { 0.0 } else { scale.to_f32().recip() };
-                    for (at, element) in elements.iter().enumerate() {
-                        let number = (element * inverse).round_ties_even();
-                        match bits {
-                            Bits::Eight => {
-                                lines[at / 4][o * 4 + at % 4] = number.clamp(-127.0, 127.0) as i8 as u8;
-                            }
-                            Bits::Four => {
-                                let byte = &mut lines[at / 8][o * 4 + at % 4];
-                                let half = (number.clamp(-8.0, 7.0) + 8.0) as u8;
-                                *byte =
-                                    if at % 8 < 4 { *byte & 0xf0 | half } else { *byte & 0x0f | half << 4 };
-                            }
-                        }
+    let outputs = w.chunks_exact(width).collect::<Vec<_>>();
+    let panels = packed.chunks_exact_mut(bits.panel_bytes(width));
+    for (outputs, panel) in outputs.chunks(OUTPUTS).zip(panels) {
+        // Zero is a number of its own in int4; outputs that are not there and what is missing of the last blocks read so.
+        panel.fill(match bits {
+            Bits::Eight => 0,
+            Bits::Four => 0x88,
+        });
+        for pair in panel.chunks_exact_mut(bits.pair_lines() * size_of::<Line>()) {
+            pair[..size_of::<Line>()].fill(0);
+        }
+        for (o, output) in outputs.iter().enumerate() {
+            pack_output(bits, output, panel, o);
+        }
+    }
+}
+
+/// Packs one output into a panel, of which nothing else changes; blocks that it does not fill must be zeros.
+pub(crate) fn pack_output(bits: Bits, output: &[f32], panel: &mut [u8], o: usize) {
+    let (lines, _) = panel.as_chunks_mut::<{ size_of::<Line>() }>();
+    for (pair, elements) in lines.chunks_exact_mut(bits.pair_lines()).zip(output.chunks(2 * BLOCK)) {
+        let Some((scales, lines)) = pair.split_first_mut() else { continue };
+        let scales = scales.as_chunks_mut::<SCALES_BYTES>().0;
+        let blocks = elements.chunks(BLOCK).zip(scales).zip(lines.chunks_exact_mut(bits.block_lines()));
+        for ((elements, scales), lines) in blocks {
+            let scale = scale(bits, elements);
+            scales[2 * o..][..2].copy_from_slice(&scale.to_le_bytes());
+            let inverse = if scale.to_f32() == 0.0 { 0.0 } else { scale.to_f32().recip() };
+            for (at, element) in elements.iter().enumerate() {
+                let number = (element * inverse).round_ties_even();
+                match bits {
+                    Bits::Eight => {
+                        lines[at / 4][o * 4 + at % 4] = number.clamp(-127.0, 127.0) as i8 as u8;
+                    }
+                    Bits::Four => {
+                        let byte = &mut lines[at / 8][o * 4 + at % 4];
+                        let half = (number.clamp(-8.0, 7.0) + 8.0) as u8;
+                        *byte = if at % 8 < 4 { *byte & 0xf0 | half } else { *byte & 0x0f | half << 4 };
                     }
                 }
             }
@@ -404,6 +410,18 @@ pub(crate) fn rows_with_panels(
             let n = OUTPUTS.min(y.len());
             y[..n].copy_from_slice(&sums[..n]);
         }
+    }
+}
+
+/// For each output of some int8 panels: Σ weights[row] · max(x[row] · output, 0), in the order of the rows.
+pub(crate) fn sum_of_positive(x: &Rows, weights: &[f32], panels: &[u8], width: usize, sums: &mut [f32]) {
+    let isa = Isa::detect();
+    let mut products = vec![[0.0; OUTPUTS]; x.n_rows];
+    for (at, sums) in sums.chunks_mut(OUTPUTS).enumerate() {
+        rows_with_panel(isa, Bits::Eight, x, Panel::of(Bits::Eight, panels, width, at), &mut products);
+        let mut sum = [0.0; OUTPUTS];
+        super::add_positive(&products, weights, &mut sum);
+        sums.copy_from_slice(&sum[..sums.len()]);
     }
 }
 

@@ -162,6 +162,12 @@ pub fn run(n_tasks: usize, task: &Task<'_>) {
     }
 }
 
+/// Runs `compute` on this thread alone.
+pub fn alone<T>(compute: impl FnOnce() -> T) -> T {
+    let _alone = Current::set(None);
+    compute()
+}
+
 /// Runs `task` with each of `items`.
 pub fn for_each<T: Send>(items: Vec<T>, task: impl Fn(T) + Sync) {
     let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
