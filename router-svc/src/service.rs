@@ -50,9 +50,8 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     };
     let (checkpoint, backbone, tuning) = tokio::task::spawn_blocking(move || -> Result<_, model::Error> {
         let tuning = tune(wanted)?;
-        let checkpoint = Checkpoint::open(&path)?
-            .with_weights(weights, cache_dir)
-            .with_huge_pages(tuning.huge_pages);
+        let checkpoint =
+            Checkpoint::open(&path)?.with_weights(weights, cache_dir).with_huge_pages(tuning.huge_pages);
         let backbone = Backbone::load(&checkpoint)?;
         Ok((checkpoint, backbone, tuning))
     })

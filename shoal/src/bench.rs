@@ -1,6 +1,8 @@
 //! `shoal bench`: tokens a second of a cluster of this machine's own, without gateway and tokenizer.
 
+mod kernels;
 mod local;
+mod round_trip;
 
 use std::{
     fmt,
@@ -63,6 +65,12 @@ pub(crate) struct Args {
     /// Rounds before them
     #[arg(long, default_value = "1", value_name = "N")]
     warm_up: usize,
+    /// Measure the kernels instead, each beside the machine's limit
+    #[arg(long, conflicts_with = "round_trip")]
+    kernels: bool,
+    /// Measure a dispatch to one expert server and back instead, beside a raw socket
+    #[arg(long)]
+    round_trip: bool,
     /// Print one JSON line a figure instead of a table
     #[arg(long)]
     json: bool,
@@ -101,6 +109,13 @@ struct Figure {
 }
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if args.kernels {
+        return kernels::run(args.json).map(|()| ExitCode::SUCCESS);
+    }
+    if args.round_trip {
+        let model = checkpoint_dir::find(args.model.as_deref())?;
+        return round_trip::run(&model, args.json).await.map(|()| ExitCode::SUCCESS);
+    }
     ensure!(args.decode >= 2, "--decode must be at least 2: the first token is not timed");
     let model = checkpoint_dir::find(args.model.as_deref())?;
     ensure!(!args.context.contains(&0), "--context must be at least 1: no router answers an empty prompt");

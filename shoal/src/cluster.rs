@@ -3,6 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
+use model::{
+    Weights,
+    tune::{Tuning, Wanted},
+};
 use proto::v1::{self, router_client::RouterClient};
 use telemetry::Tasks;
 use tonic::transport::{Channel, Endpoint};
@@ -10,6 +14,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{
     etcd::Etcd,
     member::{Member, Spec},
+    process,
 };
 
 /// What to start.
@@ -73,6 +78,7 @@ impl Cluster {
     pub(crate) async fn start(plan: &Plan) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let tasks = Tasks::new();
+        let tuned = tune(plan)?;
         let spec = |name: String, role: String, service: &str, listen: SocketAddr, args: Vec<String>| Spec {
             name,
             role,
@@ -81,7 +87,7 @@ impl Cluster {
                 plan.log_args.clone(),
                 vec![service.to_owned(), "--model".to_owned(), plan.model.display().to_string()],
                 plan.trace_args.clone(),
-                if service == "gateway" { Vec::new() } else { compute_args(plan, &args) },
+                if service == "gateway" { Vec::new() } else { compute_args(plan, &tuned, &args) },
                 args,
             ]
             .concat(),
@@ -159,11 +165,24 @@ impl Cluster {
     }
 }
 
-/// Flags of a process that shares its cores with the others: one that spins takes them from those it waits for.
-fn compute_args(plan: &Plan, own: &[String]) -> Vec<String> {
-    let is_set = own.iter().any(|arg| arg.starts_with("--spin"));
-    let spin = (!is_set).then(|| "--spin=false".to_owned());
-    plan.weights_args.iter().cloned().chain(spin).collect()
+/// How every process of the cluster computes. Tried here, once: tests of many processes that start together would
+/// disturb each other. They share their cores, so none of them spins.
+fn tune(plan: &Plan) -> anyhow::Result<Vec<String>> {
+    let quantized = !plan.weights_args.iter().any(|arg| arg.ends_with(Weights::Stored.name()));
+    let wanted = Wanted { spin: Some(false), huge_pages: (!quantized).then_some(false), threads: None };
+    let Tuning { threads, spins, huge_pages } = process::tune(wanted)?;
+    Ok(vec![
+        format!("--threads={threads}"),
+        format!("--spin={}", spins > 0),
+        format!("--huge-pages={huge_pages}"),
+    ])
+}
+
+/// `found` but for the flags that are given already, and those of the weights.
+fn compute_args(plan: &Plan, found: &[String], own: &[String]) -> Vec<String> {
+    let flag = |arg: &str| arg.split('=').next().unwrap_or_default().to_owned();
+    let given: Vec<String> = own.iter().map(|arg| flag(arg)).collect();
+    plan.weights_args.iter().chain(found.iter().filter(|arg| !given.contains(&flag(arg)))).cloned().collect()
 }
 
 /// A client of a router of ours.

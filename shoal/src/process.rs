@@ -11,7 +11,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use model::Weights;
+use model::{
+    Weights,
+    tune::{Tuning, Wanted},
+};
 use serde_json::json;
 use telemetry::{Options, Tasks, log};
 use tokio::runtime::{Builder, Runtime};
@@ -96,6 +99,14 @@ pub(crate) struct Process {
     /// End when stdin closes: so a child ends with its parent, even a killed one
     #[arg(long, hide = true)]
     exit_with_stdin: bool,
+}
+
+/// The best way to compute on this machine.
+#[expect(clippy::disallowed_methods, reason = "the edge: how long something takes is what this is about")]
+pub(crate) fn tune(wanted: Wanted) -> anyhow::Result<Tuning> {
+    let cores = std::thread::available_parallelism().context("cannot count the cores")?;
+    let began = std::time::Instant::now();
+    Ok(Tuning::find(wanted, cores, &|| began.elapsed())?)
 }
 
 /// How long a drain may go on after the parent is gone.

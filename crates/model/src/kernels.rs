@@ -189,6 +189,8 @@ macro_rules! dispatch {
     };
 }
 
+pub(crate) mod limits;
+
 dispatch! {
     /// `x` `[rows, width]` times `w` `[outputs, width]` transposed → `y` `[rows, outputs]`.
     fn matmul<W>(x: &[f32], w: &[W], width: usize, y: &mut [f32])
@@ -243,7 +245,11 @@ pub(crate) enum Matrix<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
     /// With the rows, quantized.
-    Packed { bits: packed::Bits, bytes: &'a [u8], rows: &'a packed::Rows },
+    Packed {
+        bits: packed::Bits,
+        bytes: &'a [u8],
+        rows: &'a packed::Rows,
+    },
 }
 
 impl Product<'_> {

@@ -8,6 +8,7 @@ pub mod expert;
 pub mod gate;
 mod kernels;
 pub mod layer;
+pub mod measure;
 pub mod pages;
 mod rope;
 mod storage;

@@ -219,7 +219,8 @@ impl Linear {
     /// Some outputs of a matrix as it is stored, the other way round: `[width, outputs]`.
     pub(crate) fn transposed(&self, outputs: Range<usize>) -> Self {
         let n_outputs = outputs.len();
-        let order = || (0..self.width).flat_map(|at| outputs.clone().map(move |output| output * self.width + at));
+        let order =
+            || (0..self.width).flat_map(|at| outputs.clone().map(move |output| output * self.width + at));
         let values = match self.view() {
             View::F32(w) => Values::Copied(order().map(|at| w[at]).collect()),
             View::Bf16(w) => Values::CopiedHalves(order().map(|at| w[at]).collect()),

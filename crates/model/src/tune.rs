@@ -35,17 +35,22 @@ const SPINS: u32 = 2_000;
 /// A matrix beyond what caches hold of it, for the pages it lies in.
 const PAGES_BYTES: usize = 128 << 20;
 
-/// A matrix as one step multiplies it, for the threads: some 50 µs of one core.
-const STEP_BYTES: usize = 1 << 19;
+/// A matrix as one step multiplies it, for the threads: some 200 µs of one core.
+const STEP_BYTES: usize = 1 << 22;
 /// Steps of one try.
-const STEPS: usize = 40;
+const STEPS: usize = 20;
 /// Tries; the best one counts.
 const TRIES: usize = 4;
 
 /// What is not the simplest choice must be better by this much.
 const BETTER: f64 = 0.97;
+/// And fewer threads than cores by this: what else the machine does while it is tried looks as if they were better.
+const FEWER_BETTER: f64 = 0.85;
 
 const WIDTH: usize = 2048;
+
+/// Two of it are a scale of 0.01: with ones the sums would be subnormal, which are slow.
+pub(crate) const FILL: u8 = 0x3c;
 
 /// A packed matrix and one row.
 struct Probe {
@@ -60,7 +65,7 @@ impl Probe {
         let outputs = n_bytes / Bits::Eight.panel_bytes(WIDTH) * packed::OUTPUTS;
         let mut bytes = Memory::new(Bits::Eight.matrix_bytes(outputs, WIDTH), huge)
             .map_err(|error| Error::new(format!("no memory for the start-up test: {error}")))?;
-        bytes.fill(1);
+        bytes.fill(FILL);
         let row = vec![1.0; WIDTH];
         Ok(Self { bytes, outputs, quantized: packed::Rows::quantize(&row, WIDTH), row })
     }
@@ -93,10 +98,10 @@ impl Tuning {
             let mut shortest = Duration::MAX;
             for &threads in &threads {
                 for &spins in &spins {
-                    let time = Threads::start(threads, spins)?.install(|| {
-                        best(elapsed, || (0..STEPS).for_each(|_| probe.run()))
-                    });
-                    if shortest == Duration::MAX || time < shortest.mul_f64(BETTER) {
+                    let time = Threads::start(threads, spins)?
+                        .install(|| best(elapsed, || (0..STEPS).for_each(|_| probe.run())));
+                    let better = if threads < cores { FEWER_BETTER } else { BETTER };
+                    if shortest == Duration::MAX || time < shortest.mul_f64(better) {
                         shortest = time;
                         found = Self { threads, spins, huge_pages };
                     }

@@ -161,9 +161,13 @@ async fn holdings_that_change_under_load_lose_no_frame() {
     let compute = Arc::clone(shard);
     let threads = model::Threads::start(std::num::NonZeroUsize::MIN, 0).unwrap();
     let clock: crate::engine::Clock = Arc::new(|| tokio::time::Instant::now().into_std());
-    let engine =
-        Engine::start(threads, Arc::new(move |frame: &_| compute.compute(frame)), Arc::clone(&clock), quiet())
-            .unwrap();
+    let engine = Engine::start(
+        threads,
+        Arc::new(move |frame: &_| compute.compute(frame)),
+        Arc::clone(&clock),
+        quiet(),
+    )
+    .unwrap();
     let streams =
         Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, follower.tasks.clone());
     streams.admit();

@@ -1,17 +1,16 @@
 //! The same model in one process without network, scheduler and exact combine: what being sharded is compared with.
 
-use std::{num::NonZeroUsize, path::Path};
+use std::path::Path;
 
 use anyhow::Context as _;
 use ids::{ExpertId, PageIndex};
 use model::{
     Backbone, Checkpoint, Experts, FeedForward, Layer, Moe, Pages, Span, Threads, add_weighted,
-    expert::Expert,
-    tune::{Tuning, Wanted},
+    expert::Expert, tune::Wanted,
 };
 
 use super::{Case, Prompts, now, seconds};
-use crate::process::WeightsArgs;
+use crate::process::{self, WeightsArgs};
 
 const PAGE_POSITIONS: usize = 64;
 
@@ -26,16 +25,16 @@ pub(super) struct Local {
 
 impl Local {
     pub(super) fn load(model: &Path, weights: &WeightsArgs) -> anyhow::Result<Self> {
-        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let began = now();
-        let tuning = Tuning::find(Wanted::default(), cores, &|| began.elapsed())?;
+        let tuning = process::tune(Wanted::default())?;
         let checkpoint = Checkpoint::open(model)?
             .with_weights(weights.weights, weights.cache_dir.clone())
             .with_huge_pages(tuning.huge_pages);
         let config = checkpoint.config();
         let experts = (0..config.n_routed_experts as u32).map(ExpertId);
-        let all: Vec<_> =
-            config.moe_layers().flat_map(|layer| experts.clone().map(move |expert| (layer, expert))).collect();
+        let all: Vec<_> = config
+            .moe_layers()
+            .flat_map(|layer| experts.clone().map(move |expert| (layer, expert)))
+            .collect();
         let experts = Experts::load(&checkpoint, &all)?;
         Ok(Self { backbone: Backbone::load(&checkpoint)?, experts, threads: tuning.start()? })
     }
@@ -115,12 +114,7 @@ fn greedy(logits: &[f32]) -> u32 {
     (0..logits.len()).fold(0, better) as u32
 }
 
-fn forward(
-    local: &Local,
-    ids: &[u32],
-    spans: &[Span<'_>],
-    pages: &mut Pages,
-) -> anyhow::Result<Vec<f32>> {
+fn forward(local: &Local, ids: &[u32], spans: &[Span<'_>], pages: &mut Pages) -> anyhow::Result<Vec<f32>> {
     let mut hidden = local.backbone.embed(ids);
     for layer in local.backbone.layers() {
         layer.attend(&mut hidden, spans, pages);
@@ -144,7 +138,8 @@ fn routed(local: &Local, layer: &Layer, moe: &Moe, normed: &[f32]) -> anyhow::Re
     }
     let mut groups = Vec::new();
     for (expert, slots) in by_expert.iter().enumerate().filter(|(_, slots)| !slots.is_empty()) {
-        let expert = local.experts.get(layer.id(), ExpertId(expert as u32)).context("an expert is missing")?;
+        let expert =
+            local.experts.get(layer.id(), ExpertId(expert as u32)).context("an expert is missing")?;
         let rows = slots.iter().map(|slot| &normed[slot / assignments.top_k * width..][..width]);
         groups.push((expert, slots, rows.flatten().copied().collect::<Vec<f32>>()));
     }

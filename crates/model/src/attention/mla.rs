@@ -156,8 +156,7 @@ impl Attention {
                 reader.angles.rotate_interleaved(&mut q[nope..]);
             }
         }
-        let index_queries =
-            self.indexer.as_ref().map(|indexer| indexer.queries(&input, &q_resid, &readers));
+        let index_queries = self.indexer.as_ref().map(|indexer| indexer.queries(&input, &q_resid, &readers));
         let selected = threads::map(readers.len(), |row| {
             self.indexer.as_ref()?.select(index_queries.as_ref()?, row, &readers[row], index_keys)
         });
@@ -218,7 +217,8 @@ impl Attention {
             }
         }
         let mut means = vec![0.0; n_rows * n_heads * latent]; // [rows, heads, latent]
-        let of_rows = absorbed.chunks_exact(n_heads * (latent + rope)).zip(means.chunks_exact_mut(n_heads * latent));
+        let of_rows =
+            absorbed.chunks_exact(n_heads * (latent + rope)).zip(means.chunks_exact_mut(n_heads * latent));
         for (row, (absorbed, means)) in rows.zip(of_rows) {
             let mut attended = Attended::new(means, latent);
             attend(absorbed, &read(row), softmax_scale, &mut attended);

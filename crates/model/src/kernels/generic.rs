@@ -291,7 +291,12 @@ fn score(q: &[f32], rows: &[&[f32]], scale: f32, scores: &mut [[f32; TILE]]) {
 }
 
 #[inline(always)]
-fn score_heads<const H: usize>(heads: [&[f32]; H], rows: &[&[f32]], scale: f32, scores: &mut [[f32; TILE]; H]) {
+fn score_heads<const H: usize>(
+    heads: [&[f32]; H],
+    rows: &[&[f32]],
+    scale: f32,
+    scores: &mut [[f32; TILE]; H],
+) {
     let (blocks, rest) = rows.as_chunks::<SCORED_POSITIONS>();
     for (block, rows) in blocks.iter().enumerate() {
         for (scores, products) in scores.iter_mut().zip(dots(heads, *rows)) {

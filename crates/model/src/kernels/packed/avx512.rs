@@ -64,7 +64,12 @@ pub(super) fn rows_with_panel(bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[
 /// The same with one group. The panel is prefetched for the first one; the others find it in a cache.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn group_with_panel<const FOUR: bool>(x: Group<'_>, panel: Panel<'_>, is_first: bool, y: &mut [[f32; OUTPUTS]]) {
+fn group_with_panel<const FOUR: bool>(
+    x: Group<'_>,
+    panel: Panel<'_>,
+    is_first: bool,
+    y: &mut [[f32; OUTPUTS]],
+) {
     macro_rules! of {
         ($($n:literal)*) => {
             match (y.len(), is_first) {
@@ -116,7 +121,8 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
                 } else {
                     let w = _mm512_xor_si512(w, flip);
                     for r in 0..R {
-                        dots[r] = _mm512_dpbusd_epi32(dots[r], w, broadcast(x[r].as_chunks::<4>().0[at % STEPS]));
+                        dots[r] =
+                            _mm512_dpbusd_epi32(dots[r], w, broadcast(x[r].as_chunks::<4>().0[at % STEPS]));
                     }
                 }
             }
