@@ -162,7 +162,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// What is measured.
 enum Subject {
-    Cluster { cluster: Cluster, client: RouterClient<Channel> },
+    Cluster { cluster: Box<Cluster>, client: RouterClient<Channel> },
     Local(Box<Local>),
 }
 
@@ -173,7 +173,7 @@ impl Subject {
         }
         let cluster = Cluster::start(&plan(args, model.to_owned(), experts)).await?;
         let client = router_client(cluster.routers[0].address).await?;
-        Ok(Self::Cluster { cluster, client })
+        Ok(Self::Cluster { cluster: Box::new(cluster), client })
     }
 
     async fn vocab(&mut self) -> anyhow::Result<u32> {
