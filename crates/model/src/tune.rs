@@ -44,6 +44,9 @@ const TRIES: usize = 4;
 
 /// What is not the simplest choice must be better by this much.
 const BETTER: f64 = 0.97;
+/// Reading into huge pages takes longer at the start than mapping, and where memory is short the system may have to move
+/// others' pages for them.
+const HUGE_BETTER: f64 = 0.8;
 /// And fewer threads than cores by this: what else the machine does while it is tried looks as if they were better.
 const FEWER_BETTER: f64 = 0.85;
 
@@ -79,22 +82,12 @@ impl Probe {
 impl Tuning {
     /// The best of what is not `wanted` otherwise on a machine of `cores`. `elapsed` is the time since whenever.
     pub fn find(wanted: Wanted, cores: NonZeroUsize, elapsed: &dyn Fn() -> Duration) -> Result<Self, Error> {
-        let huge_pages = match wanted.huge_pages {
-            Some(huge_pages) => huge_pages,
-            None => {
-                let [small, huge]: [Result<Duration, Error>; 2] = [false, true].map(|huge| {
-                    // One after the other: they are large.
-                    let probe = Probe::new(PAGES_BYTES, huge)?;
-                    Ok(best(elapsed, || probe.run()))
-                });
-                huge? < small?.mul_f64(BETTER)
-            }
-        };
         let threads = wanted.threads.map_or_else(|| candidates(cores), |threads| vec![threads]);
         let spins = wanted.spin.map_or_else(|| vec![0, SPINS], |spin| vec![if spin { SPINS } else { 0 }]);
+        let huge_pages = wanted.huge_pages.unwrap_or_default();
         let mut found = Self { threads: threads[0], spins: spins[0], huge_pages };
         if threads.len() > 1 || threads[0].get() > 1 && spins.len() > 1 {
-            let probe = Probe::new(STEP_BYTES, huge_pages)?;
+            let probe = Probe::new(STEP_BYTES, false)?;
             let mut shortest = Duration::MAX;
             for &threads in &threads {
                 for &spins in &spins {
@@ -107,6 +100,16 @@ impl Tuning {
                     }
                 }
             }
+        }
+        if wanted.huge_pages.is_none() {
+            // With all threads: where memory is what they wait for together, pages matter less than to one of them.
+            let threads = found.start()?;
+            let [small, huge]: [Result<Duration, Error>; 2] = [false, true].map(|huge| {
+                // One after the other: they are large.
+                let probe = Probe::new(PAGES_BYTES, huge)?;
+                Ok(threads.install(|| best(elapsed, || probe.run())))
+            });
+            found.huge_pages = huge? < small?.mul_f64(HUGE_BETTER);
         }
         Ok(found)
     }

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Of the layout: a file of another one is made anew.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 4096;
 const ALIGNMENT: usize = 64;
 

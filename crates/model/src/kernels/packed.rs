@@ -7,8 +7,8 @@
 //! (int4) lines a block, in which each output has four neighbouring bytes. That is one register of AVX-512, two of AVX2
 //! and four of NEON, and the operand of their dot products of four. An odd last block has a partner of zeros.
 //!
-//! int8: byte j of output o in line r is element `4 r + j` of the block. int4: the low half of byte j in line r is
-//! element `8 r + j`, its high half element `8 r + 4 + j`, both plus 8.
+//! int8: byte j of output o in line r is element `4 r + j` of the block plus 128. int4: the low half of byte j in line r
+//! is element `8 r + j`, its high half element `8 r + 4 + j`, both plus 8.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -32,6 +32,8 @@ const SCALES_BYTES: usize = OUTPUTS * 2;
 const BLOCKS: usize = 8;
 /// Rows whose blocks lie together.
 const GROUP: usize = 8;
+/// Rows that meet a task's panels before the next ones do: they stay in the second cache.
+const ROWS_PASS: usize = 128;
 /// Rows that are quantized by one thread.
 const ROWS_PART: usize = 2 * GROUP;
 
@@ -246,9 +248,9 @@ pub(crate) fn pack(bits: Bits, w: &[f32], width: usize, packed: &mut [u8]) {
     let outputs = w.chunks_exact(width).collect::<Vec<_>>();
     let panels = packed.chunks_exact_mut(bits.panel_bytes(width));
     for (outputs, panel) in outputs.chunks(OUTPUTS).zip(panels) {
-        // Zero is a number of its own in int4; outputs that are not there and what is missing of the last blocks read so.
+        // Outputs that are not there, and what is missing of the last blocks, read as zeros.
         panel.fill(match bits {
-            Bits::Eight => 0,
+            Bits::Eight => 0x80,
             Bits::Four => 0x88,
         });
         for pair in panel.chunks_exact_mut(bits.pair_lines() * size_of::<Line>()) {
@@ -275,7 +277,7 @@ pub(crate) fn pack_output(bits: Bits, output: &[f32], panel: &mut [u8], o: usize
                 let number = (element * inverse).round_ties_even();
                 match bits {
                     Bits::Eight => {
-                        lines[at / 4][o * 4 + at % 4] = number.clamp(-127.0, 127.0) as i8 as u8;
+                        lines[at / 4][o * 4 + at % 4] = number.clamp(-127.0, 127.0) as i8 as u8 ^ 0x80;
                     }
                     Bits::Four => {
                         let byte = &mut lines[at / 8][o * 4 + at % 4];
@@ -362,31 +364,30 @@ fn add_products<const R: usize>(
     }
 }
 
-/// `x` times the outputs of one panel → `y`, one a row.
-fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+/// Rows of `x` from `first` on, a multiple of [`GROUP`], times the outputs of one panel → `y`, one a row.
+fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, first: usize, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     match isa {
-        Isa::Avx512 => return unsafe { avx512::rows_with_panel(bits, x, panel, y) },
-        Isa::Avx2 if x.n_rows >= WIDE_FROM => {
+        Isa::Avx512 => return unsafe { avx512::rows_with_panel(bits, x, first, panel, y) },
+        Isa::Avx2 if !x.wide.is_empty() => {
             y.fill([0.0; OUTPUTS]);
-            return unsafe { avx2::add_products_wide(bits, x, panel, y) };
+            return unsafe { avx2::add_products_wide(bits, x, first, panel, y) };
         }
         Isa::Avx2 | Isa::Baseline => {}
     }
     y.fill([0.0; OUTPUTS]);
     let n_blocks = panel.n_blocks();
-    let mut first = 0;
-    while first < n_blocks {
-        let blocks = first..(first + BLOCKS).min(n_blocks);
-        first = blocks.end;
+    for start in (0..n_blocks).step_by(BLOCKS) {
+        let blocks = start..(start + BLOCKS).min(n_blocks);
+        let last_row = first + y.len() - 1;
         let (pairs, last) = y.as_chunks_mut::<2>();
         for (at, y) in pairs.iter_mut().enumerate() {
-            add_products(isa, bits, [x.row(2 * at), x.row(2 * at + 1)], panel, blocks.clone(), y);
+            let x = [x.row(first + 2 * at), x.row(first + 2 * at + 1)];
+            add_products(isa, bits, x, panel, blocks.clone(), y);
         }
         if let [y] = last {
-            let x = [x.row(x.n_rows - 1)];
-            add_products(isa, bits, x, panel, blocks, std::array::from_mut(y));
+            add_products(isa, bits, [x.row(last_row)], panel, blocks, std::array::from_mut(y));
         }
     }
 }
@@ -402,13 +403,17 @@ pub(crate) fn rows_with_panels(
     panels: Range<usize>,
     y: &mut Columns<'_>,
 ) {
-    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows];
-    for (at, panel) in panels.enumerate() {
-        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, panel), &mut sums);
-        for (row, sums) in sums.iter().enumerate() {
-            let y = &mut y.row(row)[at * OUTPUTS..];
-            let n = OUTPUTS.min(y.len());
-            y[..n].copy_from_slice(&sums[..n]);
+    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows.min(ROWS_PASS)];
+    for first in (0..x.n_rows).step_by(ROWS_PASS) {
+        let n_rows = ROWS_PASS.min(x.n_rows - first);
+        let sums = &mut sums[..n_rows];
+        for (at, panel) in panels.clone().enumerate() {
+            rows_with_panel(isa, bits, x, first, Panel::of(bits, packed, width, panel), sums);
+            for (row, sums) in sums.iter().enumerate() {
+                let y = &mut y.row(first + row)[at * OUTPUTS..];
+                let n = OUTPUTS.min(y.len());
+                y[..n].copy_from_slice(&sums[..n]);
+            }
         }
     }
 }
@@ -418,7 +423,7 @@ pub(crate) fn sum_of_positive(x: &Rows, weights: &[f32], panels: &[u8], width: u
     let isa = Isa::detect();
     let mut products = vec![[0.0; OUTPUTS]; x.n_rows];
     for (at, sums) in sums.chunks_mut(OUTPUTS).enumerate() {
-        rows_with_panel(isa, Bits::Eight, x, Panel::of(Bits::Eight, panels, width, at), &mut products);
+        rows_with_panel(isa, Bits::Eight, x, 0, Panel::of(Bits::Eight, panels, width, at), &mut products);
         let mut sum = [0.0; OUTPUTS];
         super::add_positive(&products, weights, &mut sum);
         sums.copy_from_slice(&sum[..sums.len()]);

@@ -1,8 +1,8 @@
 //! AVX2 and FMA, without VNNI. `maddubs` multiplies unsigned with signed bytes and saturates at 16 bits.
 //!
-//! For a few rows int8 products take |x| and w with x's sign, whose pairs stay below 2 · 127²; int4 numbers are unsigned
-//! as they are stored, and eight of their pairs stay below 8 · 2 · 15 · 127, so that a block is summed in 16 bits. For
-//! more rows a panel's numbers are widened to 16 bits once for all of them: a product and its sum are two instructions
+//! For a few rows int8 products take |x| and w, signed again, with x's sign: their pairs stay below 2 · 127². int4 numbers are
+//! unsigned as they are stored, and eight of their pairs stay below 8 · 2 · 15 · 127, so that a block is summed in 16 bits.
+//! For more rows a panel's numbers are widened to 16 bits once for all of them: a product and its sum are two instructions
 //! then, where those of signed bytes are four.
 
 use std::{arch::x86_64::*, ops::Range};
@@ -82,12 +82,13 @@ pub(super) fn add_products_8<const R: usize>(
     y: &mut [[f32; OUTPUTS]; R],
 ) {
     let ones = _mm256_set1_epi16(1);
+    let flip = _mm256_set1_epi8(-128);
     for block in blocks {
         let mut dots: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
         for (step, run) in panel.block(block).iter().enumerate() {
             prefetch(run);
             let (halves, _) = run.as_chunks::<32>();
-            let w = [load(&halves[0]), load(&halves[1])];
+            let w = [_mm256_xor_si256(load(&halves[0]), flip), _mm256_xor_si256(load(&halves[1]), flip)];
             for r in 0..R {
                 let (steps, _) = x[r].numbers(block).as_chunks::<4>();
                 let x = broadcast(steps[step % STEPS]);
@@ -155,7 +156,13 @@ type Wide = [Two; BLOCK / 2];
 
 /// Adds the products of [`WIDE_FROM`](super::WIDE_FROM) or more rows with a whole panel to `y`.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn add_products_wide(bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+pub(super) fn add_products_wide(
+    bits: Bits,
+    x: &Rows,
+    first_row: usize,
+    panel: Panel<'_>,
+    y: &mut [[f32; OUTPUTS]],
+) {
     let mut wide: [Wide; BLOCKS] = [[[_mm256_setzero_si256(); 2]; BLOCK / 2]; BLOCKS];
     let (groups, rest) = y.as_chunks_mut::<WIDE_ROWS>();
     let mut padded = [[0.0; OUTPUTS]; WIDE_ROWS];
@@ -168,10 +175,10 @@ pub(super) fn add_products_wide(bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut 
             }
         }
         for (group, y) in groups.iter_mut().enumerate() {
-            add_wide(x, group, y, &wide, panel, blocks.clone());
+            add_wide(x, first_row / WIDE_ROWS + group, y, &wide, panel, blocks.clone());
         }
         if !rest.is_empty() {
-            add_wide(x, groups.len(), &mut padded, &wide, panel, blocks);
+            add_wide(x, first_row / WIDE_ROWS + groups.len(), &mut padded, &wide, panel, blocks);
         }
     }
     rest.copy_from_slice(&padded[..rest.len()]);
@@ -195,10 +202,12 @@ fn widen(bytes: __m256i) -> Two {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
+    let flip = _mm256_set1_epi8(-128);
     for (run, wide) in block.iter().zip(wide.as_chunks_mut::<2>().0) {
         prefetch(run);
         let (halves, _) = run.as_chunks::<32>();
-        let [low, high] = [widen(load(&halves[0])), widen(load(&halves[1]))];
+        let low = widen(_mm256_xor_si256(load(&halves[0]), flip));
+        let high = widen(_mm256_xor_si256(load(&halves[1]), flip));
         *wide = [[low[0], high[0]], [low[1], high[1]]];
     }
 }

@@ -1,5 +1,5 @@
-//! AVX-512 with VNNI. `dpbusd` multiplies unsigned with signed bytes: a matrix's numbers are read as unsigned, as int4 is
-//! stored and int8 is with its highest bit flipped, and a block's dot product begins with what that adds too much.
+//! AVX-512 with VNNI. `dpbusd` multiplies unsigned with signed bytes: a matrix's numbers are unsigned as they are stored, and
+//! a block's dot product begins with what that adds too much.
 //!
 //! A panel is multiplied with a group of up to eight rows at once: their sums, which stay in registers from the first block
 //! to the last, their dot products and what is multiplied fit 32 registers.
@@ -49,11 +49,17 @@ fn broadcast([a, b, c, d]: [i8; 4]) -> __m512i {
     _mm512_set1_epi32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
-/// `x` times the outputs of one panel → `y`, one a row.
+/// Rows from `first` on times the outputs of one panel → `y`, one a row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-pub(super) fn rows_with_panel(bits: Bits, x: &Rows, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+pub(super) fn rows_with_panel(
+    bits: Bits,
+    x: &Rows,
+    first: usize,
+    panel: Panel<'_>,
+    y: &mut [[f32; OUTPUTS]],
+) {
     for (at, y) in y.chunks_mut(GROUP).enumerate() {
-        let x = x.group(at * GROUP);
+        let x = x.group(first + at * GROUP);
         match bits {
             Bits::Eight => group_with_panel::<false>(x, panel, at == 0, y),
             Bits::Four => group_with_panel::<true>(x, panel, at == 0, y),
@@ -88,7 +94,6 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
     panel: Panel<'_>,
     y: &mut [[f32; OUTPUTS]],
 ) {
-    let flip = _mm512_set1_epi8(-128);
     let low_halves = _mm512_set1_epi8(0x0f);
     // Loops over `R`, not `map`: what is not inlined here is compiled without this function's instructions.
     let mut sums = [_mm512_setzero_ps(); R];
@@ -119,7 +124,6 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
                         dots[r] = _mm512_dpbusd_epi32(dots[r], high, broadcast(steps[(2 * at + 1) % STEPS]));
                     }
                 } else {
-                    let w = _mm512_xor_si512(w, flip);
                     for r in 0..R {
                         dots[r] =
                             _mm512_dpbusd_epi32(dots[r], w, broadcast(x[r].as_chunks::<4>().0[at % STEPS]));

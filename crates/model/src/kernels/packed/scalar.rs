@@ -22,7 +22,7 @@ pub(super) fn quantize(x: &[f32], numbers: &mut [i8; BLOCK]) -> f32 {
 /// Element `at` of a block of output `o`.
 pub(super) fn number(bits: Bits, block: &[[u8; 64]], o: usize, at: usize) -> i8 {
     match bits {
-        Bits::Eight => block[at / 4][o * 4 + at % 4] as i8,
+        Bits::Eight => (block[at / 4][o * 4 + at % 4] ^ 0x80) as i8,
         Bits::Four => {
             let byte = block[at / 8][o * 4 + at % 4];
             (if at % 8 < 4 { byte & 0x0f } else { byte >> 4 }) as i8 - 8

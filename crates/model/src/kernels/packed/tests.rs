@@ -14,7 +14,7 @@ fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<
     let mut y = vec![0.0; x.n_rows * panels * OUTPUTS];
     let mut sums = vec![[0.0; OUTPUTS]; x.n_rows];
     for at in 0..panels {
-        rows_with_panel(isa, bits, x, Panel::of(bits, packed, width, at), &mut sums);
+        rows_with_panel(isa, bits, x, 0, Panel::of(bits, packed, width, at), &mut sums);
         for (row, sums) in sums.iter().enumerate() {
             y[(row * panels + at) * OUTPUTS..][..OUTPUTS].copy_from_slice(sums);
         }
@@ -98,6 +98,21 @@ fn the_extremes_do_not_overflow() {
                     );
                 }
             }
+        }
+    }
+}
+
+/// More rows than go through at a time.
+#[test]
+fn many_rows_are_each_as_alone() {
+    const WIDTH: usize = 40;
+    let x: Vec<f32> =
+        (0..(2 * ROWS_PASS + 5) * WIDTH).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let w: Vec<f32> = (0..20 * WIDTH).map(|i| ((i * 31) % 100) as f32 / 50.0 - 1.0).collect();
+    for bits in [Bits::Eight, Bits::Four] {
+        let all = matmul(bits, &x, &w, WIDTH);
+        for (x, y) in x.chunks_exact(WIDTH).zip(all.chunks_exact(20)) {
+            assert_eq!(of(&matmul(bits, x, &w, WIDTH)), of(y));
         }
     }
 }
