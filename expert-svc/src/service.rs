@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use cluster::Session;
 use ids::InstanceId;
 use model::{
-    Checkpoint, Weights,
+    Checkpoint,
     tune::{Tuning, Wanted},
 };
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
@@ -65,12 +65,8 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let advertised = args.advertised(address).map_err(anyhow::Error::msg)?;
     let memory_bytes_max = memory_bytes_max(&args)?;
     let (model, weights, cache_dir) = (args.model.clone(), args.weights, args.cache_dir.clone());
-    let wanted = Wanted {
-        threads: args.threads,
-        spin: args.spin,
-        // Weights as they are stored are mapped.
-        huge_pages: if weights == Weights::Stored { Some(false) } else { args.huge_pages },
-    };
+    let wanted =
+        Wanted { threads: args.threads, spin: args.spin, huge_pages: args.huge_pages }.with_weights(weights);
     let open_it = move || {
         let tuning = tune(wanted)?;
         let checkpoint = Checkpoint::open(&model)

@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use cluster::{Record, Role, Session, State, placement::Goal};
 use ids::InstanceId;
 use model::{
-    Backbone, Checkpoint, Weights,
+    Backbone, Checkpoint,
     tune::{Tuning, Wanted},
 };
 use proto::v1::{self, router_server::RouterServer};
@@ -42,12 +42,8 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let address = listener.local_addr().context("the listening socket has no address")?;
 
     let (path, weights, cache_dir) = (args.model.clone(), args.weights, args.cache_dir.clone());
-    let wanted = Wanted {
-        threads: args.threads,
-        spin: args.spin,
-        // Weights as they are stored are mapped.
-        huge_pages: if weights == Weights::Stored { Some(false) } else { args.huge_pages },
-    };
+    let wanted =
+        Wanted { threads: args.threads, spin: args.spin, huge_pages: args.huge_pages }.with_weights(weights);
     let (checkpoint, backbone, tuning) = tokio::task::spawn_blocking(move || -> Result<_, model::Error> {
         let tuning = tune(wanted)?;
         let checkpoint =

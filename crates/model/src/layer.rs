@@ -156,7 +156,7 @@ impl Mlp {
     /// `[rows, hidden]` → `[rows, hidden]`
     #[must_use]
     pub fn apply(&self, normed: &[f32]) -> Vec<f32> {
-        Self::apply_list(&[(self, normed)]).pop().unwrap_or_default()
+        Self::apply_list(&[(self, normed)]).swap_remove(0)
     }
 
     /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down.

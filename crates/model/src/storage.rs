@@ -170,8 +170,8 @@ impl Linear {
 
     /// Several matrices, each with its rows, as one job of the threads.
     pub(crate) fn apply_all<const N: usize>(list: [(&Self, &Input<'_>); N]) -> [Vec<f32>; N] {
-        let mut results = Self::apply_list(&list).into_iter();
-        std::array::from_fn(|_| results.next().unwrap_or_default())
+        let results = <[Vec<f32>; N]>::try_from(Self::apply_list(&list));
+        results.unwrap_or_else(|_| unreachable!("a product has one result"))
     }
 
     /// The same for a list.

@@ -5,7 +5,7 @@
 use std::{num::NonZeroUsize, time::Duration};
 
 use crate::{
-    Bits, Error,
+    Bits, Error, Weights,
     checkpoint::memory::Memory,
     kernels::{Matrix, Product, packed, products, threads::Threads},
 };
@@ -27,6 +27,17 @@ pub struct Wanted {
     pub threads: Option<NonZeroUsize>,
     pub spin: Option<bool>,
     pub huge_pages: Option<bool>,
+}
+
+impl Wanted {
+    /// For `weights`: those that are stored are mapped, and there is nothing to try.
+    #[must_use]
+    pub fn with_weights(self, weights: Weights) -> Self {
+        match weights {
+            Weights::Stored => Self { huge_pages: Some(false), ..self },
+            Weights::Quantized(_) => self,
+        }
+    }
 }
 
 /// Some 50 µs: waking a thread costs less than that, and a step's next job comes sooner.
@@ -84,7 +95,8 @@ impl Tuning {
     pub fn find(wanted: Wanted, cores: NonZeroUsize, elapsed: &dyn Fn() -> Duration) -> Result<Self, Error> {
         let threads = wanted.threads.map_or_else(|| candidates(cores), |threads| vec![threads]);
         let spins = wanted.spin.map_or_else(|| vec![0, SPINS], |spin| vec![if spin { SPINS } else { 0 }]);
-        let huge_pages = wanted.huge_pages.unwrap_or_default();
+        // Until they are tried, which takes threads.
+        let huge_pages = wanted.huge_pages == Some(true);
         let mut found = Self { threads: threads[0], spins: spins[0], huge_pages };
         if threads.len() > 1 || threads[0].get() > 1 && spins.len() > 1 {
             let probe = Probe::new(STEP_BYTES, false)?;
@@ -132,7 +144,7 @@ fn best(elapsed: &dyn Fn() -> Duration, run: impl Fn()) -> Duration {
         run();
         elapsed().saturating_sub(before)
     };
-    (0..TRIES).map(time).min().unwrap_or_default()
+    (0..TRIES).map(time).fold(Duration::MAX, Duration::min)
 }
 
 #[cfg(test)]

@@ -3,7 +3,10 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and says how close it came")]
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use ids::{ExpertId, LayerId, PageIndex};
 use model::{Backbone, Checkpoint, Experts, FeedForward, Pages, Span, expert::Expert};
@@ -251,12 +254,21 @@ fn relative_errors(fixture: &Fixture, sequences: &[Sequence]) -> Vec<f32> {
 }
 
 /// The fixtures' random weights make rows whose gate is nearly undecided: there one step of rounding chooses another
-/// expert, and the logits are others. Half of the positions show what rounding itself does.
+/// expert, and the logits are others. Half of the positions show what rounding itself does. In V3.2 rounding also chooses
+/// what is read: with index keys in f32 its q8 error was 0.149.
 #[test]
 fn quantized_weights_stay_near_transformers() {
-    for (weights, median_max) in [("q8", 0.19), ("q4", 0.9)] {
-        for dir in all(&fixtures()) {
+    // Just above what is seen: by fixture the bounds of q8 and q4.
+    let bounds = BTreeMap::from([
+        ("deepseek-v2", [0.08, 0.87]),
+        ("deepseek-v2-lite", [0.06, 0.55]),
+        ("deepseek-v3", [0.075, 0.73]),
+        ("deepseek-v3.2", [0.185, 0.78]),
+    ]);
+    for dir in all(&fixtures()) {
+        for (at, weights) in ["q8", "q4"].into_iter().enumerate() {
             let fixture = Fixture::open(&dir, weights);
+            let median_max = bounds[fixture.name.as_str()][at];
             let whole = fixture.run(usize::MAX, false);
             let errors = relative_errors(&fixture, &whole);
             let median = errors[errors.len() / 2];

@@ -166,7 +166,8 @@ impl Rows {
             .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
             .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
             .map(|(((x, numbers), scales), biases)| {
-                let wide = wide.next().unwrap_or_default();
+                // There are none where no kernel reads them.
+                let wide = wide.next().unwrap_or(&mut []);
                 Part { x, width, numbers, scales, biases, wide }
             })
             .collect();
