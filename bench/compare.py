@@ -49,7 +49,7 @@ def shoal(experts, batches):
 
 
 def llama(*flags):
-    command = [args.peer / "llama-bench", "-m", args.gguf, "-p", PREFILL, "-n", DECODE, "-t", args.threads, "-r", 1, "-o", "json"]
+    command = [args.peer / "llama-bench", "-m", args.gguf, "-p", PREFILL, "-n", DECODE, "-t", args.threads, "-r", 1, "-lm", "none", "-o", "json"]
     results = json.loads(run([*command, *flags]))
     return {"prefill" if result["n_gen"] == 0 else "decode 1": result["avg_ts"] for result in results}
 
@@ -83,7 +83,7 @@ def llama_rpc():
 
 
 def llama_batch():
-    command = [args.peer / "llama-batched-bench", "-m", args.gguf, "-c", 4096, "-npp", CONTEXT, "-ntg", DECODE]
+    command = [args.peer / "llama-batched-bench", "-m", args.gguf, "-c", 4096, "-npp", CONTEXT, "-ntg", DECODE, "-lm", "none"]
     out = run([*command, "-npl", BATCH, "-t", args.threads, "--output-format", "jsonl"])
     result = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     return {f"decode {BATCH}": result["speed_tg"]}

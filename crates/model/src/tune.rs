@@ -55,9 +55,6 @@ const TRIES: usize = 4;
 
 /// What is not the simplest choice must be better by this much.
 const BETTER: f64 = 0.97;
-/// Reading into huge pages takes longer at the start than mapping, and where memory is short the system may have to move
-/// others' pages for them.
-const HUGE_BETTER: f64 = 0.8;
 /// And fewer threads than cores by this: what else the machine does while it is tried looks as if they were better.
 const FEWER_BETTER: f64 = 0.85;
 
@@ -114,14 +111,12 @@ impl Tuning {
             }
         }
         if wanted.huge_pages.is_none() {
-            // With all threads: where memory is what they wait for together, pages matter less than to one of them.
-            let threads = found.start()?;
             let [small, huge]: [Result<Duration, Error>; 2] = [false, true].map(|huge| {
                 // One after the other: they are large.
                 let probe = Probe::new(PAGES_BYTES, huge)?;
-                Ok(threads.install(|| best(elapsed, || probe.run())))
+                Ok(best(elapsed, || probe.run()))
             });
-            found.huge_pages = huge? < small?.mul_f64(HUGE_BETTER);
+            found.huge_pages = huge? < small?.mul_f64(BETTER);
         }
         Ok(found)
     }
