@@ -2,19 +2,23 @@
 //! threads. Knows no gRPC and no tensors.
 //!
 //! One at a time, because a frame alone can use the whole memory bandwidth, and because two at once would finish late
-//! together.
+//! together. A short one that finds nobody before it is computed by the thread that read it: handing it over and its reply
+//! back would wake two threads, which can take as long as computing it.
 
 use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError, TryLockError},
     thread,
     time::{Duration, Instant},
 };
 
 use model::Threads;
 use proto::{Code, Error, Frame, Reply, frame::Computed};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    sync::{mpsc, oneshot},
+};
 
 use crate::{
     combine::Combined,
@@ -26,6 +30,10 @@ use crate::{
 /// Frames of all streams that wait to be computed, at most 4 MiB of rows each. When the queue is full, streams are
 /// not read.
 pub(crate) const FRAMES_QUEUED_MAX: usize = 64;
+
+/// (row, expert) pairs of a frame that may be computed where it was read: milliseconds at most, in which that thread reads
+/// nothing else.
+const SHORT_PAIRS_MAX: usize = 64;
 
 pub(crate) type Compute = dyn Fn(&Frame) -> Result<Combined, Error> + Send + Sync;
 pub(crate) type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -44,33 +52,51 @@ pub(crate) struct Job {
 /// The compute threads. They end when every clone of the queue is dropped and what it held is answered.
 #[derive(Debug)]
 pub(crate) struct Engine {
-    queue: mpsc::Sender<Job>,
+    queue: Queue,
     ended: oneshot::Receiver<()>,
+}
+
+/// The way to the compute threads.
+#[derive(Clone, Debug)]
+pub(crate) struct Queue {
+    jobs: mpsc::Sender<Job>,
+    core: Arc<Core>,
+}
+
+/// What computes, one frame at a time.
+struct Core {
+    threads: Threads,
+    compute: Box<Compute>,
+    clock: Clock,
+    observers: Observers,
+    /// Held by whoever computes.
+    seat: Mutex<()>,
 }
 
 impl Engine {
     pub(crate) fn start(
         threads: Threads,
-        compute: Arc<Compute>,
+        compute: Box<Compute>,
         clock: Clock,
         observers: Observers,
     ) -> io::Result<Self> {
-        let (queue, mut jobs) = mpsc::channel::<Job>(FRAMES_QUEUED_MAX);
+        let (sender, mut jobs) = mpsc::channel::<Job>(FRAMES_QUEUED_MAX);
         let (ending, ended) = oneshot::channel();
+        let core = Arc::new(Core { threads, compute, clock, observers, seat: Mutex::new(()) });
+        let queue = Queue { jobs: sender, core: Arc::clone(&core) };
         // This thread computes too, and what is too small to share is computed without another one being woken.
         let serve = move || {
-            threads.install(|| {
-                while let Some(job) = jobs.blocking_recv() {
-                    job.run(&*compute, &*clock, &observers);
-                }
-            });
+            while let Some(job) = jobs.blocking_recv() {
+                let _seat = core.seat.lock().unwrap_or_else(PoisonError::into_inner);
+                core.run(job);
+            }
             drop(ending);
         };
         thread::Builder::new().name("expert".to_owned()).spawn(serve)?;
         Ok(Self { queue, ended })
     }
 
-    pub(crate) fn queue(&self) -> mpsc::Sender<Job> {
+    pub(crate) fn queue(&self) -> Queue {
         self.queue.clone()
     }
 
@@ -79,6 +105,44 @@ impl Engine {
         drop(self.queue);
         // An error says that the sender is gone: that is the end waited for.
         let _ended = self.ended.await;
+    }
+}
+
+impl Queue {
+    /// Has `job` answered, at once or later; gives it back when the compute threads have ended.
+    pub(crate) async fn put(&self, job: Job) -> Result<(), Job> {
+        if job.frame.assignments.len() <= SHORT_PAIRS_MAX && self.nobody_waits() && others_can_run() {
+            match self.core.seat.try_lock() {
+                Ok(_seat) => {
+                    self.core.run(job);
+                    return Ok(());
+                }
+                // Nothing that a panic could have left half done is behind it; the queue's thread says so too.
+                Err(TryLockError::Poisoned(_) | TryLockError::WouldBlock) => {}
+            }
+        }
+        self.jobs.send(job).await.map_err(|mpsc::error::SendError(job)| job)
+    }
+
+    fn nobody_waits(&self) -> bool {
+        self.jobs.capacity() == self.jobs.max_capacity()
+    }
+}
+
+/// Whether this runtime goes on while the thread that asks is computing.
+fn others_can_run() -> bool {
+    Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread
+}
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core").field("threads", &self.threads).finish_non_exhaustive()
+    }
+}
+
+impl Core {
+    fn run(&self, job: Job) {
+        self.threads.install(|| job.run(&*self.compute, &*self.clock, &self.observers));
     }
 }
 

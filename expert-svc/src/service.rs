@@ -86,7 +86,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         compute.compute(frame)
     };
     let observers = Observers::new(&process.metrics, process.tracer.clone());
-    let engine = Engine::start(threads, Arc::new(compute), system_clock(), observers)
+    let engine = Engine::start(threads, Box::new(compute), system_clock(), observers)
         .context("cannot start the compute threads")?;
     let counters = Arc::new(Counters::default());
     let streams = Streams::new(shard.hidden_size(), engine.queue(), counters, system_clock(), tasks.clone());

@@ -1,4 +1,4 @@
-//! One router's dispatch stream: receive → queue → reply. The engine computes; nothing here may block.
+//! One router's dispatch stream: receive → queue → reply. The engine computes.
 
 use std::sync::Arc;
 
@@ -10,13 +10,13 @@ use proto::{
     v1,
 };
 use telemetry::Tasks;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
     counters::Counters,
-    engine::{Clock, Job},
+    engine::{Clock, Job, Queue},
     slot::{self, Replies, Slot, Slots},
 };
 
@@ -34,7 +34,7 @@ const REPLY_BYTES_MAX: usize = MESSAGE_BYTES_MAX - (1 << 20);
 #[derive(Clone)]
 pub(crate) struct Streams {
     pub(crate) hidden_size: usize,
-    pub(crate) queue: mpsc::Sender<Job>,
+    pub(crate) queue: Queue,
     pub(crate) counters: Arc<Counters>,
     pub(crate) clock: Clock,
     pub(crate) tasks: Tasks,
@@ -49,7 +49,7 @@ pub(crate) struct Streams {
 impl Streams {
     pub(crate) fn new(
         hidden_size: usize,
-        queue: mpsc::Sender<Job>,
+        queue: Queue,
         counters: Arc<Counters>,
         clock: Clock,
         tasks: Tasks,
@@ -143,7 +143,7 @@ impl Streams {
         match checked(wire, self.hidden_size) {
             Ok(frame) => {
                 let job = Job { frame, received, queued: (self.clock)(), slot, receipt };
-                if let Err(mpsc::error::SendError(Job { slot, receipt, .. })) = self.queue.send(job).await {
+                if let Err(Job { slot, receipt, .. }) = self.queue.put(job).await {
                     receipt.failed();
                     slot.reply(failure(Error::internal("the compute threads have ended")), &*self.clock);
                 }

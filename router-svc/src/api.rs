@@ -5,7 +5,6 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
-        mpsc as std_mpsc,
     },
     task::{Context, Poll},
     time::Instant,
@@ -25,7 +24,7 @@ use telemetry::{
     Tasks, Tracer,
     trace::{self, Span, SpanKind},
 };
-use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -50,7 +49,7 @@ pub(crate) struct Api {
     pub(crate) placer: Arc<PlacerState>,
     pub(crate) replicas: usize,
     pub(crate) links: Arc<Links>,
-    pub(crate) commands: std_mpsc::Sender<Command>,
+    pub(crate) commands: UnboundedSender<Command>,
     pub(crate) open_streams: Arc<AtomicUsize>,
     pub(crate) tasks: Tasks,
     pub(crate) tracer: Tracer,
@@ -286,7 +285,7 @@ fn checked_sampling(wire: v1::Sampling) -> Result<Sampling, Error> {
 /// that the sequence's pages are free within one step.
 struct OpenStream {
     open_streams: Arc<AtomicUsize>,
-    commands: std_mpsc::Sender<Command>,
+    commands: UnboundedSender<Command>,
 }
 
 impl OpenStream {

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, mpsc},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -11,6 +11,7 @@ use cluster::{RoutingTable, table};
 use model::{Backbone, Pages, Span};
 use proto::{Code, Error};
 use telemetry::Tracer;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{
     args::{Combine, Limits},
@@ -97,18 +98,19 @@ impl Engine {
     }
 
     /// Serves commands until told to stop, or until nobody can send any.
-    pub(crate) fn run(mut self, commands: &mpsc::Receiver<Command>) {
+    pub(crate) fn run(mut self, commands: &mut UnboundedReceiver<Command>) {
         let mut turn = Turn::Waiting;
         loop {
             let first = match turn {
                 Turn::Worked => commands.try_recv().ok(),
-                Turn::Waiting => commands.recv_timeout(IDLE_TICK).ok(),
-                Turn::Idle => match commands.recv() {
-                    Ok(command) => Some(command),
-                    Err(mpsc::RecvError) => return,
+                Turn::Waiting => self.remote.wait(commands.recv(), IDLE_TICK).flatten(),
+                Turn::Idle => match self.remote.wait(commands.recv(), Duration::MAX).flatten() {
+                    Some(command) => Some(command),
+                    None => return,
                 },
             };
-            for command in first.into_iter().chain(commands.try_iter()) {
+            let more = std::iter::from_fn(|| commands.try_recv().ok());
+            for command in first.into_iter().chain(more) {
                 match command {
                     Command::Submit(sequence) => self.scheduler.submit(*sequence),
                     Command::Wake => {}

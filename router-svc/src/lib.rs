@@ -11,6 +11,7 @@ mod calibrate;
 mod combine;
 mod dispatch;
 mod engine;
+mod event_loop;
 mod flight;
 mod forward;
 mod link;

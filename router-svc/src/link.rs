@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,7 +18,13 @@ use proto::{
     v1::{self, expert_client::ExpertClient},
 };
 use telemetry::Tasks;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{
+        mpsc::{self, UnboundedSender},
+        watch,
+    },
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Streaming,
@@ -56,8 +62,10 @@ pub(crate) struct Links {
     /// By the registry's key.
     listed: Mutex<HashMap<String, watch::Sender<Option<Member>>>>,
     states: Mutex<BTreeMap<String, LinkState>>,
-    events: std_mpsc::Sender<LinkEvent>,
-    commands: std_mpsc::Sender<Command>,
+    events: UnboundedSender<LinkEvent>,
+    commands: UnboundedSender<Command>,
+    /// Where links live: the engine's own loop.
+    event_loop: Handle,
 }
 
 #[derive(Default)]
@@ -77,8 +85,9 @@ impl Links {
     pub(crate) fn new(
         identity: Identity,
         view: Arc<ArcSwap<View>>,
-        events: std_mpsc::Sender<LinkEvent>,
-        commands: std_mpsc::Sender<Command>,
+        events: UnboundedSender<LinkEvent>,
+        commands: UnboundedSender<Command>,
+        event_loop: Handle,
     ) -> Arc<Self> {
         Arc::new(Self {
             identity,
@@ -88,6 +97,7 @@ impl Links {
             states: Mutex::default(),
             events,
             commands,
+            event_loop,
         })
     }
 
@@ -109,6 +119,7 @@ impl Links {
 
     fn list(self: &Arc<Self>, membership: &Membership, tasks: &Tasks) {
         let mut listed = lock(&self.listed);
+        let _spawned_there = self.event_loop.enter();
         for (key, member) in &membership.members {
             if let Some(known) = listed.get(key) {
                 known.send_if_modified(|known| {

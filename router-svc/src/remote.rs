@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, mpsc},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,10 +12,14 @@ use cluster::{Health, RoutingTable, health};
 use ids::{ExpertId, InstanceId, LayerId, Version};
 use proto::{Code, Error, Reply, frame::Combine, v1};
 use telemetry::trace::new_span_id;
-use tokio::sync::mpsc::{Sender, error::TrySendError};
+use tokio::{
+    sync::mpsc::{Sender, UnboundedReceiver, error::TrySendError},
+    time::timeout,
+};
 
 use crate::{
     dispatch::Activations,
+    event_loop::EventLoop,
     flight::{Counts, Flight, FrameIds, Landed, Order, Surroundings, note_late},
 };
 
@@ -45,8 +49,9 @@ pub(crate) enum LinkEvent {
 }
 
 pub(crate) struct Remote {
+    event_loop: EventLoop,
     view: Arc<ArcSwap<View>>,
-    events: mpsc::Receiver<LinkEvent>,
+    events: UnboundedReceiver<LinkEvent>,
     health: Health,
     /// Of the table that `health` follows.
     followed: Version,
@@ -57,12 +62,14 @@ pub(crate) struct Remote {
 
 impl Remote {
     pub(crate) fn new(
+        event_loop: EventLoop,
         view: Arc<ArcSwap<View>>,
-        events: mpsc::Receiver<LinkEvent>,
+        events: UnboundedReceiver<LinkEvent>,
         dispatch_timeout: Duration,
         limits: health::Limits,
     ) -> Self {
         Self {
+            event_loop,
             view,
             events,
             health: Health::new(limits),
@@ -75,6 +82,11 @@ impl Remote {
 
     pub(crate) fn view(&self) -> Arc<View> {
         self.view.load_full()
+    }
+
+    /// Serves the links until `awaited` is there, or until `limit` is over.
+    pub(crate) fn wait<T>(&self, awaited: impl Future<Output = T>, limit: Duration) -> Option<T> {
+        self.event_loop.run(async { timeout(limit, awaited).await.ok() })
     }
 
     /// The experts of `layer` that nobody holds, of `n_experts`.
@@ -124,6 +136,8 @@ impl Remote {
         self.hear_late();
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
         self.send(&mut flight, orders);
+        // On their way before anything else is computed.
+        self.event_loop.turn();
         flight
     }
 
@@ -132,16 +146,16 @@ impl Remote {
         while !flight.is_home() {
             let wake_at = [flight.next_tick(), self.health.next_tick()].into_iter().flatten().min();
             let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(now()));
-            let orders = match self.events.recv_timeout(wait) {
-                Ok(LinkEvent::Reply { instance, reply }) => self.accept(&mut flight, &instance, reply),
-                Ok(LinkEvent::Broken { instance, error }) => {
+            let orders = match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
+                Ok(Some(LinkEvent::Reply { instance, reply })) => self.accept(&mut flight, &instance, reply),
+                Ok(Some(LinkEvent::Broken { instance, error })) => {
                     let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
                     self.health.leave(&instance);
                     orders
                 }
-                Err(mpsc::RecvTimeoutError::Timeout) => Vec::new(),
+                Err(_timeout) => Vec::new(),
                 // The links are gone: the process is ending. What is outstanding counts as lost.
-                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Ok(None) => break,
             };
             self.send(&mut flight, orders);
             if wake_at.is_some_and(|at| at <= now()) {

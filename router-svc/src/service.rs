@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     num::NonZeroUsize,
-    sync::{Arc, atomic::AtomicUsize, mpsc},
+    sync::{Arc, atomic::AtomicUsize},
     time::Instant,
 };
 
@@ -17,7 +17,7 @@ use model::{
 };
 use proto::v1::{self, router_server::RouterServer};
 use telemetry::{Metrics, Process, Tasks};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::mpsc::unbounded_channel};
 use tonic::service::Routes;
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -25,6 +25,7 @@ use crate::{
     api::Api,
     args::Args,
     engine::{Command, Engine, Observers},
+    event_loop::EventLoop,
     link::{Identity, Links},
     meters::{self, Meters},
     placer::Placer,
@@ -60,11 +61,13 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let advertised = cluster::advertised(args.advertise.as_deref(), address, &args.registry)
         .context("cannot register this router")?;
 
-    let (commands, inbox) = mpsc::channel();
-    let (events, replies) = mpsc::channel();
+    let (commands, mut inbox) = unbounded_channel();
+    let (events, replies) = unbounded_channel();
+    let event_loop = EventLoop::start().context("cannot start the links' event loop")?;
+    let links_live = event_loop.handle();
     let view = Arc::new(ArcSwap::from_pointee(View::default()));
     let stats = Arc::new(Stats::default());
-    let remote = Remote::new(Arc::clone(&view), replies, limits.dispatch_timeout, args.health());
+    let remote = Remote::new(event_loop, Arc::clone(&view), replies, limits.dispatch_timeout, args.health());
     let observers = Observers {
         meters: Meters::new(
             &process.metrics,
@@ -78,12 +81,12 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let engine = Engine::new(Arc::new(backbone), &limits, remote, Arc::clone(&stats), observers);
     let engine = std::thread::Builder::new()
         .name("engine".into())
-        .spawn(move || threads.install(|| engine.run(&inbox)))
+        .spawn(move || threads.install(|| engine.run(&mut inbox)))
         .context("cannot start the engine's thread")?;
 
     let identity =
         Identity { checkpoint: checkpoint.fingerprint().to_owned(), hidden_size: config.hidden_size };
-    let links = Links::new(identity, view, events, commands.clone());
+    let links = Links::new(identity, view, events, commands.clone(), links_live);
     // Links outlive the drain: running requests need their experts until the end.
     let link_tasks = Tasks::new();
     let session = Session::open(&args.registry, &link_tasks).context("cannot use --registry")?;

@@ -16,7 +16,7 @@ use proto::{
     rows::{Dtype, Rows},
     v1::{self, expert_client::ExpertClient},
 };
-use tokio::sync::mpsc;
+use tokio::{runtime::Builder, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::now;
@@ -48,7 +48,20 @@ pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
         quiet: true,
     };
     let server = Member::start(spec, &tasks).await?;
-    let mut client = ExpertClient::new(channel(&format!("http://{}", server.address)).await?)
+    let address = format!("http://{}", server.address);
+    // As in a router: one thread that does everything.
+    let measure = move || Builder::new_current_thread().enable_all().build()?.block_on(trips(address));
+    let (trips, computes, n_bytes) = tokio::task::spawn_blocking(measure).await??;
+    server.stop().await;
+    tasks.begin_shutdown();
+    let echo = tokio::task::spawn_blocking(move || echo(n_bytes)).await?.context("cannot echo")?;
+    let figures = [("dispatch", trips), ("of it computing", computes), ("raw socket echo", echo)];
+    print(figures, n_bytes, as_json)
+}
+
+/// How long each frame was away, how long of that it was computed, and its bytes.
+async fn trips(address: String) -> anyhow::Result<(Vec<Duration>, Vec<Duration>, usize)> {
+    let mut client = ExpertClient::new(channel(&address).await?)
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
     let status = client.status(v1::ExpertStatusRequest {}).await?.into_inner();
     let frame = frame(&status)?;
@@ -66,13 +79,7 @@ pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
             computes.push(computed.compute_time);
         }
     }
-    drop(frames);
-    let n_bytes = frame.rows.n_bytes();
-    server.stop().await;
-    tasks.begin_shutdown();
-    let echo = tokio::task::spawn_blocking(move || echo(n_bytes)).await?.context("cannot echo")?;
-    let figures = [("dispatch", trips), ("of it computing", computes), ("raw socket echo", echo)];
-    print(figures, n_bytes, as_json)
+    Ok((trips, computes, frame.rows.n_bytes()))
 }
 
 /// Rows of [`BYTES`] together, one of them for the first expert held.

@@ -1,0 +1,151 @@
+//! The event loop of the links. The engine's thread runs it while it waits for them: a frame leaves and its reply comes in
+//! without another thread being woken. While the engine computes for long, a caretaker runs it instead, so that pings are
+//! answered and sent.
+
+use std::{
+    future::Future,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use tokio::runtime::{Builder, Handle, Runtime};
+
+/// How long the engine may compute before somebody looks after the links. Several times shorter than any time limit of theirs.
+const CARE_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Dropped, it ends all that runs on it.
+#[derive(Debug)]
+pub(crate) struct EventLoop {
+    shared: Arc<Shared>,
+    caretaker: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    runtime: Runtime,
+    /// The engine's thread runs the loop now.
+    attended: AtomicBool,
+    /// How often it has.
+    visits: AtomicU64,
+    caretaker_sleeps: AtomicBool,
+    stop: AtomicBool,
+}
+
+impl EventLoop {
+    pub(crate) fn start() -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            runtime: Builder::new_current_thread().enable_all().build()?,
+            attended: AtomicBool::new(false),
+            visits: AtomicU64::new(0),
+            caretaker_sleeps: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let cared_for = Arc::clone(&shared);
+        let caretaker = thread::Builder::new().name("links".into()).spawn(move || cared_for.care())?;
+        Ok(Self { shared, caretaker: Some(caretaker) })
+    }
+
+    /// What is spawned there runs on this loop.
+    pub(crate) fn handle(&self) -> Handle {
+        self.shared.runtime.handle().clone()
+    }
+
+    /// Runs everything until `awaited` is there.
+    pub(crate) fn run<T>(&self, awaited: impl Future<Output = T>) -> T {
+        let shared = &*self.shared;
+        shared.attended.store(true, Ordering::SeqCst);
+        let outcome = shared.runtime.block_on(awaited);
+        shared.visits.fetch_add(1, Ordering::Relaxed);
+        shared.attended.store(false, Ordering::SeqCst);
+        if shared.caretaker_sleeps.swap(false, Ordering::SeqCst)
+            && let Some(caretaker) = &self.caretaker
+        {
+            caretaker.thread().unpark();
+        }
+        outcome
+    }
+
+    /// Runs what can be run now.
+    pub(crate) fn turn(&self) {
+        self.run(tokio::task::yield_now());
+    }
+}
+
+impl Shared {
+    fn care(&self) {
+        let mut visits_seen = 0;
+        while !self.stop.load(Ordering::SeqCst) {
+            let visits = self.visits.load(Ordering::Relaxed);
+            if self.attended.load(Ordering::SeqCst) {
+                // Whoever leaves the loop after this says so.
+                self.caretaker_sleeps.store(true, Ordering::SeqCst);
+                if self.attended.load(Ordering::SeqCst) && !self.stop.load(Ordering::SeqCst) {
+                    thread::park();
+                }
+                self.caretaker_sleeps.store(false, Ordering::SeqCst);
+            } else if visits == visits_seen {
+                self.runtime.block_on(tokio::task::yield_now());
+            }
+            visits_seen = visits;
+            thread::park_timeout(CARE_INTERVAL);
+        }
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        if let Some(caretaker) = self.caretaker.take() {
+            caretaker.thread().unpark();
+            let _ended = caretaker.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn what_is_spawned_runs_while_the_engine_waits_and_while_it_computes() {
+        let event_loop = EventLoop::start().unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let (asked, mut asks) = tokio::sync::mpsc::unbounded_channel();
+        #[expect(clippy::disallowed_methods, reason = "a task of the test")]
+        event_loop.handle().spawn(async move {
+            while let Some(ask) = asks.recv().await {
+                let _test_gone = sender.send(ask);
+            }
+        });
+        asked.send(1).unwrap();
+        event_loop.turn();
+        assert_eq!(receiver.try_recv(), Ok(1));
+        // The engine does not come back; the caretaker does it. Then again, after it has slept.
+        asked.send(2).unwrap();
+        assert_eq!(receiver.recv(), Ok(2));
+        event_loop.run(tokio::time::sleep(CARE_INTERVAL * 2));
+        asked.send(3).unwrap();
+        assert_eq!(receiver.recv(), Ok(3));
+    }
+
+    #[test]
+    fn dropped_it_ends_what_runs_on_it() {
+        let event_loop = EventLoop::start().unwrap();
+        let (sender, receiver) = mpsc::channel::<()>();
+        #[expect(clippy::disallowed_methods, reason = "a task of the test")]
+        event_loop.handle().spawn(async move {
+            let _held = sender;
+            std::future::pending::<()>().await;
+        });
+        event_loop.turn();
+        drop(event_loop);
+        assert_eq!(receiver.recv(), Err(mpsc::RecvError));
+    }
+}
