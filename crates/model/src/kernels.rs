@@ -6,6 +6,7 @@
 //! only module with `unsafe`, for the calls into code that needs a detected instruction set.
 
 mod columns;
+mod cores;
 mod generic;
 pub(crate) mod packed;
 pub mod threads;

@@ -11,12 +11,13 @@ use std::{
     num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread::{self, JoinHandle, Thread},
 };
 
+use super::cores;
 use crate::Error;
 
 /// What is done with each number below the number of tasks.
@@ -26,6 +27,9 @@ pub type Task<'a> = dyn Fn(usize) + Sync + 'a;
 const SPINS_AT_END: u32 = 2_000;
 
 /// The threads that one engine computes with. They end when it is dropped.
+///
+/// If there is one for every core, each stays on its own: several processes on a machine then share every core, and none
+/// lies idle while two threads of another one wait for the same, which schedulers leave so for milliseconds.
 #[derive(Debug)]
 pub struct Threads {
     shared: Arc<Shared>,
@@ -34,19 +38,30 @@ pub struct Threads {
 
 #[derive(Debug)]
 struct Shared {
-    /// Caller and workers.
+    /// How many compute at a time.
     n: usize,
-    /// Turns of its loop that a worker waits for the next job before it sleeps.
+    /// Turns of its loop that a helper waits for the next job before it sleeps.
     spins: u32,
     state: Mutex<State>,
     /// Of the state, for those who look without its lock.
     published: AtomicU64,
-    /// Workers that have begun the job and not yet left it.
+    /// Helpers that have begun the job and not yet left it.
     inside: AtomicUsize,
     /// The next task.
     next: AtomicUsize,
-    called: Condvar,
+    /// Those that compute beside the caller.
+    helpers: Vec<Helper>,
     left: Condvar,
+}
+
+/// One of the threads, as others see it.
+#[derive(Debug, Default)]
+struct Helper {
+    /// The core that it stays on.
+    core: Option<usize>,
+    asleep: AtomicBool,
+    /// Set when it runs.
+    thread: OnceLock<Thread>,
 }
 
 #[derive(Default)]
@@ -55,7 +70,6 @@ struct State {
     job: Option<Job>,
     /// Of jobs so far.
     n_jobs: u64,
-    asleep: usize,
     /// What a task of the job panicked with.
     panic: Option<Box<dyn Any + Send>>,
     stop: bool,
@@ -78,9 +92,17 @@ thread_local! {
 }
 
 impl Threads {
-    /// `n` with the caller's own. A worker without a job looks `spins` times for the next one before it sleeps: that
+    /// `n` with the caller's own. A helper without a job looks `spins` times for the next one before it sleeps: that
     /// saves waking it, where there is a core for each thread.
     pub fn start(n: NonZeroUsize, spins: u32) -> Result<Self, Error> {
+        let cores = cores::allowed();
+        let helpers: Vec<Helper> = if n.get() > 1 && n.get() == cores.len() {
+            // The one that stays where the caller happens to be sleeps on.
+            cores.into_iter().map(|core| Helper { core: Some(core), ..Helper::default() }).collect()
+        } else {
+            (1..n.get()).map(|_| Helper::default()).collect()
+        };
+        let n_helpers = helpers.len();
         let shared = Arc::new(Shared {
             n: n.get(),
             spins,
@@ -88,16 +110,16 @@ impl Threads {
             published: AtomicU64::new(0),
             inside: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
-            called: Condvar::new(),
+            helpers,
             left: Condvar::new(),
         });
         // Dropped at an error, which ends those that were started.
         let mut threads = Self { shared, workers: Vec::new() };
-        for at in 1..n.get() {
+        for at in 0..n_helpers {
             let shared = Arc::clone(&threads.shared);
             let worker = thread::Builder::new()
                 .name(format!("compute-{at}"))
-                .spawn(move || shared.serve())
+                .spawn(move || shared.serve(&shared.helpers[at]))
                 .map_err(|error| Error::new(format!("cannot start {n} compute threads: {error}")))?;
             threads.workers.push(worker);
         }
@@ -119,10 +141,10 @@ impl Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.shared.lock().stop = true;
-        self.shared.published.store(u64::MAX, Ordering::Release);
-        self.shared.called.notify_all();
+        self.shared.published.store(u64::MAX, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
-            // A worker catches what its tasks panic with, and has nothing else to fail at.
+            worker.thread().unpark();
+            // A helper catches what its tasks panic with, and has nothing else to fail at.
             let _ended = worker.join();
         }
     }
@@ -200,14 +222,9 @@ impl Shared {
         self.next.store(0, Ordering::Relaxed);
         state.job = Some(job);
         state.n_jobs += 1;
-        self.published.store(state.n_jobs, Ordering::Release);
-        let asleep = state.asleep;
+        self.published.store(state.n_jobs, Ordering::SeqCst);
         drop(state);
-        match asleep.min(n_tasks - 1) {
-            0 => {}
-            1 => self.called.notify_one(),
-            _ => self.called.notify_all(),
-        }
+        self.wake(n_tasks - 1);
         let caught = self.work(job);
         let mut state = self.lock();
         state.job = None;
@@ -229,6 +246,14 @@ impl Shared {
         }
     }
 
+    /// Wakes as many helpers as `n_tasks` can use, but not the one that would take this thread's core from it.
+    fn wake(&self, n_tasks: usize) {
+        let here = cores::current();
+        let elsewhere = self.helpers.iter().filter(|helper| helper.core.is_none() || helper.core != here);
+        let asleep = elsewhere.filter(|helper| helper.asleep.swap(false, Ordering::SeqCst));
+        asleep.take(n_tasks).filter_map(|helper| helper.thread.get()).for_each(Thread::unpark);
+    }
+
     /// Takes tasks until there are none; gives what one of them panicked with.
     fn work(&self, job: Job) -> Option<Box<dyn Any + Send>> {
         // Unwind safe: whoever sees what a task left half done is told by the panic that goes on in the caller.
@@ -244,21 +269,28 @@ impl Shared {
         .err()
     }
 
-    fn serve(&self) {
+    fn serve(&self, helper: &Helper) {
+        if let Some(core) = helper.core {
+            cores::pin(core);
+        }
+        helper.thread.get_or_init(thread::current);
         let mut seen = 0;
         loop {
-            for _ in 0..self.spins {
-                if self.published.load(Ordering::Acquire) != seen {
-                    break;
-                }
+            let called = || self.published.load(Ordering::SeqCst) != seen;
+            let mut spins = 0;
+            while !called() && spins < self.spins {
                 hint::spin_loop();
+                spins += 1;
             }
-            let mut state = self.lock();
-            while state.n_jobs == seen && !state.stop {
-                state.asleep += 1;
-                state = self.called.wait(state).unwrap_or_else(PoisonError::into_inner);
-                state.asleep -= 1;
+            while !called() {
+                helper.asleep.store(true, Ordering::SeqCst);
+                // Who calls after this sees the helper asleep.
+                if !called() {
+                    thread::park();
+                }
+                helper.asleep.store(false, Ordering::SeqCst);
             }
+            let state = self.lock();
             if state.stop {
                 return;
             }
