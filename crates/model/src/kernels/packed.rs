@@ -228,8 +228,16 @@ fn quantize(part: Part<'_>) {
         for (row, x) in x.chunks_exact(width).enumerate() {
             for (block, x) in x.chunks(BLOCK).enumerate() {
                 let at = group * GROUP * blocks + block * n_rows + row;
-                scales[at] = scalar::quantize(x, &mut numbers[at]);
-                let sum: i32 = numbers[at].iter().map(|number| i32::from(*number)).sum();
+                let (scale, sum) = match x.as_array() {
+                    Some(x) => scalar::quantize(x, &mut numbers[at]),
+                    None => {
+                        // What is missing of the last block reads as zeros.
+                        let mut whole = [0.0; BLOCK];
+                        whole[..x.len()].copy_from_slice(x);
+                        scalar::quantize(&whole, &mut numbers[at])
+                    }
+                };
+                scales[at] = scale;
                 biases[at] = [-128 * sum, -8 * sum];
                 if !wide.is_empty() {
                     let row = group * GROUP + row;

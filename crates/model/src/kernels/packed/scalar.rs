@@ -4,19 +4,28 @@ use std::ops::Range;
 
 use super::{BLOCK, Bits, OUTPUTS, Panel, Row};
 
-/// A block with a number that is not finite has a scale that is none: so are all sums with it.
+/// Gives a block's scale and the sum of its numbers. A block with a number that is not finite has a scale that is none: so
+/// are all sums with it.
+///
+/// Maximum and rounding are on integers, which every instruction set has vectors of: magnitudes are ordered as their bits
+/// are, and a number that is added to 1.5 × 2²³ is rounded there, ties to even.
 #[inline(always)]
-pub(super) fn quantize(x: &[f32], numbers: &mut [i8; BLOCK]) -> f32 {
-    let largest = x.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
-    if !x.iter().all(|x| x.is_finite()) {
-        return f32::NAN;
+pub(super) fn quantize(x: &[f32; BLOCK], numbers: &mut [i8; BLOCK]) -> (f32, i32) {
+    const ROUNDER: f32 = 12_582_912.0;
+    let largest = x.iter().fold(0, |largest, x| u32::max(largest, x.abs().to_bits()));
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
+        return (f32::NAN, 0);
     }
     // Of a block of the smallest numbers that there are, the inverse would be infinite.
     let inverse = if largest > 0.0 { (127.0 / largest).min(f32::MAX) } else { 0.0 };
+    let mut sum = 0;
     for (number, x) in numbers.iter_mut().zip(x) {
-        *number = (x * inverse).round_ties_even() as i8;
+        let rounded = (x * inverse + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
+        *number = rounded as i8;
+        sum += rounded;
     }
-    largest / 127.0
+    (largest / 127.0, sum)
 }
 
 /// Element `at` of a block of output `o`.
