@@ -90,7 +90,7 @@ impl<'f> Sums<'f> {
         }
     }
 
-    /// The reply's rows in the frame's dtype.
+    /// The reply's rows.
     pub(crate) fn finish(mut self) -> Result<Combined, Error> {
         let width = self.frame.rows.width();
         let mut overflow_rows = Vec::new();
@@ -100,9 +100,9 @@ impl<'f> Sums<'f> {
                 overflow_rows.push(RowIndex(row as u32));
             }
         }
-        let dtype = self.frame.rows.dtype();
+        let dtype = self.frame.rows.dtype().of_reply();
         let largest = match dtype {
-            Dtype::F32 => f32::MAX,
+            Dtype::F32 | Dtype::Int8 => f32::MAX,
             Dtype::Bf16 => bf16::MAX.to_f32(),
         };
         // A NaN does not fit either.

@@ -8,17 +8,14 @@
 use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError, TryLockError},
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
 use model::Threads;
 use proto::{Code, Error, Frame, Reply, frame::Computed};
-use tokio::{
-    runtime::{Handle, RuntimeFlavor},
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     combine::Combined,
@@ -31,9 +28,9 @@ use crate::{
 /// not read.
 pub(crate) const FRAMES_QUEUED_MAX: usize = 64;
 
-/// (row, expert) pairs of a frame that may be computed where it was read: milliseconds at most, in which that thread reads
-/// nothing else.
-const SHORT_PAIRS_MAX: usize = 64;
+/// (row, expert) pairs of a frame that may be computed where it was read: milliseconds, in which that thread reads nothing
+/// else.
+pub(crate) const SHORT_PAIRS_MAX: usize = 64;
 
 pub(crate) type Compute = dyn Fn(&Frame) -> Result<Combined, Error> + Send + Sync;
 pub(crate) type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -69,20 +66,24 @@ struct Core {
     compute: Box<Compute>,
     clock: Clock,
     observers: Observers,
+    short_pairs_max: usize,
     /// Held by whoever computes.
     seat: Mutex<()>,
 }
 
 impl Engine {
+    /// Frames of up to `short_pairs_max` pairs may be computed by the thread that puts them into the queue.
     pub(crate) fn start(
         threads: Threads,
         compute: Box<Compute>,
         clock: Clock,
         observers: Observers,
+        short_pairs_max: usize,
     ) -> io::Result<Self> {
         let (sender, mut jobs) = mpsc::channel::<Job>(FRAMES_QUEUED_MAX);
         let (ending, ended) = oneshot::channel();
-        let core = Arc::new(Core { threads, compute, clock, observers, seat: Mutex::new(()) });
+        let core =
+            Arc::new(Core { threads, compute, clock, observers, short_pairs_max, seat: Mutex::new(()) });
         let queue = Queue { jobs: sender, core: Arc::clone(&core) };
         // This thread computes too, and what is too small to share is computed without another one being woken.
         let serve = move || {
@@ -111,15 +112,13 @@ impl Engine {
 impl Queue {
     /// Has `job` answered, at once or later; gives it back when the compute threads have ended.
     pub(crate) async fn put(&self, job: Job) -> Result<(), Job> {
-        if job.frame.assignments.len() <= SHORT_PAIRS_MAX && self.nobody_waits() && others_can_run() {
-            match self.core.seat.try_lock() {
-                Ok(_seat) => {
-                    self.core.run(job);
-                    return Ok(());
-                }
-                // Nothing that a panic could have left half done is behind it; the queue's thread says so too.
-                Err(TryLockError::Poisoned(_) | TryLockError::WouldBlock) => {}
-            }
+        let is_short = job.frame.assignments.len() <= self.core.short_pairs_max;
+        if is_short
+            && self.nobody_waits()
+            && let Ok(_seat) = self.core.seat.try_lock()
+        {
+            self.core.run(job);
+            return Ok(());
         }
         self.jobs.send(job).await.map_err(|mpsc::error::SendError(job)| job)
     }
@@ -127,11 +126,6 @@ impl Queue {
     fn nobody_waits(&self) -> bool {
         self.jobs.capacity() == self.jobs.max_capacity()
     }
-}
-
-/// Whether this runtime goes on while the thread that asks is computing.
-fn others_can_run() -> bool {
-    Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread
 }
 
 impl std::fmt::Debug for Core {

@@ -28,7 +28,7 @@ use crate::{
     Args,
     api::Api,
     counters::Counters,
-    engine::{Clock, Engine},
+    engine::{Clock, Engine, SHORT_PAIRS_MAX},
     lifecycle::Lifecycle,
     memory,
     observe::{self, Observers},
@@ -86,7 +86,9 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         compute.compute(frame)
     };
     let observers = Observers::new(&process.metrics, process.tracer.clone());
-    let engine = Engine::start(threads, Box::new(compute), system_clock(), observers)
+    // Whoever sleeps on purpose does it on a thread of its own.
+    let short_pairs_max = if delay.is_some() { 0 } else { SHORT_PAIRS_MAX };
+    let engine = Engine::start(threads, Box::new(compute), system_clock(), observers, short_pairs_max)
         .context("cannot start the compute threads")?;
     let counters = Arc::new(Counters::default());
     let streams = Streams::new(shard.hidden_size(), engine.queue(), counters, system_clock(), tasks.clone());

@@ -171,7 +171,7 @@ fn n_open(open: &Semaphore) -> u32 {
 /// A frame whose parts agree and whose reply fits a message.
 fn checked(wire: v1::Frame, hidden_size: usize) -> Result<Frame, Error> {
     let frame = Frame::from_wire(wire, hidden_size)?;
-    let row_bytes = frame.rows.width() * frame.rows.dtype().bytes();
+    let row_bytes = frame.rows.row_bytes();
     if frame.rows.n_bytes() > FRAME_BYTES_MAX {
         return Err(Error::new(
             Code::TooLarge,
@@ -183,6 +183,7 @@ fn checked(wire: v1::Frame, hidden_size: usize) -> Result<Frame, Error> {
         )
         .with_param("rows"));
     }
+    let row_bytes = frame.rows.dtype().of_reply().row_bytes(frame.rows.width());
     if frame.combine == Combine::Pairs && frame.assignments.len().saturating_mul(row_bytes) > REPLY_BYTES_MAX
     {
         return Err(Error::new(

@@ -12,7 +12,7 @@ pub use error::{Code, Error};
 pub use frame::{Frame, Reply};
 
 /// Version of the frames on a dispatch stream. Ends that differ refuse each other.
-pub const WIRE_VERSION: u32 = 3;
+pub const WIRE_VERSION: u32 = 4;
 
 /// Largest message either end of a dispatch stream accepts. A router cuts batches well below it
 /// ([`frame::FRAME_BYTES_MAX`]); gRPC's default of 4 MiB is 292 rows of DeepSeek-V3.

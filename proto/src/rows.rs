@@ -1,5 +1,5 @@
-//! Activation rows on the wire: f32, or bf16 at half the bytes. A [`Rows`] always has exactly
-//! `n_rows × width` numbers; the only ways to make one are [`Rows::encode`] and [`Rows::from_wire`].
+//! Activation rows on the wire: f32, bf16 at half the bytes, or int8 with a scale a row at a quarter. A [`Rows`] always has
+//! exactly `n_rows × width` numbers; the only ways to make one are [`Rows::encode`] and [`Rows::from_wire`].
 
 use bytes::{Bytes, BytesMut};
 use half::bf16;
@@ -13,14 +13,32 @@ pub enum Dtype {
     F32,
     /// 2 bytes, rounded to nearest even: relative error at most 2^-8 for normal numbers.
     Bf16,
+    /// A scale (f32) for each row, then a byte for each number, the nearest multiple of the scale: error at most 1/254 of
+    /// the row's largest magnitude.
+    Int8,
 }
 
+/// Bytes of an int8 row's scale.
+const SCALE_BYTES: usize = 4;
+
 impl Dtype {
+    /// Bytes of a row of `width` numbers.
     #[must_use]
-    pub const fn bytes(self) -> usize {
+    pub const fn row_bytes(self, width: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::F32 => width.saturating_mul(4),
+            Self::Bf16 => width.saturating_mul(2),
+            Self::Int8 => width.saturating_add(SCALE_BYTES),
+        }
+    }
+
+    /// How a frame of such rows is answered: sums of several experts' outputs are not rounded as far as what they were made
+    /// from.
+    #[must_use]
+    pub const fn of_reply(self) -> Self {
+        match self {
+            Self::F32 => Self::F32,
+            Self::Bf16 | Self::Int8 => Self::Bf16,
         }
     }
 }
@@ -35,7 +53,8 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Encodes `values`, row after row; their number must be a multiple of `width`.
+    /// Encodes `values`, row after row; their number must be a multiple of `width`. An int8 row with a number that is not
+    /// finite has none that is.
     ///
     /// # Panics
     /// If it is not: the caller made both numbers.
@@ -46,14 +65,25 @@ impl Rows {
             "{} values in rows of {width}",
             values.len()
         );
-        let mut data = BytesMut::with_capacity(values.len() * dtype.bytes());
+        let n_rows = values.len() / width;
+        let mut data = BytesMut::zeroed(n_rows * dtype.row_bytes(width));
         match dtype {
-            Dtype::F32 => values.iter().for_each(|value| data.extend_from_slice(&value.to_le_bytes())),
+            Dtype::F32 => {
+                for (bytes, value) in data.as_chunks_mut().0.iter_mut().zip(values) {
+                    *bytes = value.to_le_bytes();
+                }
+            }
             Dtype::Bf16 => {
-                values.iter().for_each(|value| data.extend_from_slice(&bf16::from_f32(*value).to_le_bytes()));
+                for (bytes, value) in data.as_chunks_mut().0.iter_mut().zip(values) {
+                    *bytes = bf16::from_f32(*value).to_le_bytes();
+                }
+            }
+            Dtype::Int8 => {
+                let rows = data.chunks_exact_mut(dtype.row_bytes(width));
+                rows.zip(values.chunks_exact(width)).for_each(|(row, values)| encode_int8(row, values));
             }
         }
-        Self { dtype, n_rows: values.len() / width, width, data: data.freeze() }
+        Self { dtype, n_rows, width, data: data.freeze() }
     }
 
     /// Checks that the announced shape and the bytes agree.
@@ -61,19 +91,20 @@ impl Rows {
         let dtype = match wire.dtype() {
             v1::Dtype::F32 => Dtype::F32,
             v1::Dtype::Bf16 => Dtype::Bf16,
+            v1::Dtype::Int8 => Dtype::Int8,
             v1::Dtype::Unspecified => {
                 return Err(Error::invalid("rows.dtype", format!("unknown rows.dtype {}", wire.dtype)));
             }
         };
         let (n_rows, width) = (wire.n_rows as usize, wire.width as usize);
-        let expected = n_rows.checked_mul(width).and_then(|n| n.checked_mul(dtype.bytes()));
+        let row_bytes = dtype.row_bytes(width);
+        let expected = n_rows.checked_mul(row_bytes);
         if width == 0 || expected != Some(wire.data.len()) {
             return Err(Error::invalid(
                 "rows.data",
                 format!(
-                    "rows.data has {} bytes, not {n_rows} x {width} x {} bytes",
+                    "rows.data has {} bytes, not {n_rows} rows of {width} {dtype:?} in {row_bytes} bytes",
                     wire.data.len(),
-                    dtype.bytes()
                 ),
             ));
         }
@@ -85,6 +116,7 @@ impl Rows {
         let dtype = match self.dtype {
             Dtype::F32 => v1::Dtype::F32,
             Dtype::Bf16 => v1::Dtype::Bf16,
+            Dtype::Int8 => v1::Dtype::Int8,
         };
         v1::Rows {
             dtype: dtype.into(),
@@ -114,46 +146,81 @@ impl Rows {
         self.data.len()
     }
 
-    /// All numbers as f32, row after row.
-    pub fn values(&self) -> impl Iterator<Item = f32> + '_ {
-        // One arm of the chain is empty: an iterator of one type without a box.
-        let (singles, halves): (&[u8], &[u8]) = match self.dtype {
-            Dtype::F32 => (&self.data, &[]),
-            Dtype::Bf16 => (&[], &self.data),
-        };
-        let singles = singles.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-        let halves = halves.as_chunks::<2>().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32());
-        singles.chain(halves)
+    /// Bytes of one row.
+    #[must_use]
+    pub const fn row_bytes(&self) -> usize {
+        self.dtype.row_bytes(self.width)
     }
 
     /// All numbers as f32, row after row: `[n_rows, width]`.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
-            Dtype::F32 => {
-                self.data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+            Dtype::F32 => self.data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            Dtype::Bf16 => self.halves().collect(),
+            Dtype::Int8 => {
+                let mut values = Vec::with_capacity(self.n_rows * self.width);
+                for (scale, numbers) in self.int8_rows() {
+                    values.extend(numbers.iter().map(|number| f32::from(*number as i8) * scale));
+                }
+                values
             }
-            Dtype::Bf16 => self
-                .data
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
-                .collect(),
         }
+    }
+
+    fn halves(&self) -> impl Iterator<Item = f32> + '_ {
+        // Written out: `half`'s own conversion branches on NaN.
+        let bits = self.data.as_chunks().0.iter().map(|bytes| u32::from(u16::from_le_bytes(*bytes)));
+        bits.map(|bits| f32::from_bits(bits << 16))
+    }
+
+    /// Scale and numbers of each row.
+    fn int8_rows(&self) -> impl Iterator<Item = (f32, &[u8])> + '_ {
+        self.data.chunks_exact(self.row_bytes()).filter_map(|row| {
+            let (scale, numbers) = row.split_first_chunk::<SCALE_BYTES>()?;
+            Some((f32::from_le_bytes(*scale), numbers))
+        })
     }
 
     /// An error that names the first number that is NaN or infinite.
     pub fn check_finite(&self) -> Result<(), Error> {
-        match self.values().position(|value| !value.is_finite()) {
-            None => Ok(()),
-            Some(at) => Err(Error::new(
-                crate::Code::InvalidArgument,
-                "not_finite",
-                format!("rows.data is not finite at row {}, column {}", at / self.width, at % self.width),
-            )
-            .with_param("rows.data")),
+        // All of them first, which is faster than looking for one.
+        let all = |all: bool, value: f32| all & value.is_finite();
+        let finite = match self.dtype {
+            Dtype::F32 => {
+                let values = self.data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+                values.fold(true, all)
+            }
+            Dtype::Bf16 => self.halves().fold(true, all),
+            // Not the scales alone: times 127 they may be beyond f32.
+            Dtype::Int8 => self.int8_rows().fold(true, |all, (scale, _)| all & (scale * 127.0).is_finite()),
+        };
+        if finite {
+            return Ok(());
         }
+        let at = self.to_f32().iter().position(|value| !value.is_finite()).unwrap_or_default();
+        let message =
+            format!("rows.data is not finite at row {}, column {}", at / self.width, at % self.width);
+        Err(Error::new(crate::Code::InvalidArgument, "not_finite", message).with_param("rows.data"))
+    }
+}
+
+/// Scale and numbers of one row. Maximum and rounding are on integers, which compilers make vectors of: magnitudes are
+/// ordered as their bits are, and a number that is added to 1.5 × 2²³ is rounded there, ties to even.
+fn encode_int8(row: &mut [u8], values: &[f32]) {
+    const ROUNDER: f32 = 12_582_912.0;
+    let Some((scale, numbers)) = row.split_first_chunk_mut::<SCALE_BYTES>() else { return };
+    let largest =
+        f32::from_bits(values.iter().fold(0, |largest, value| u32::max(largest, value.abs().to_bits())));
+    if !largest.is_finite() {
+        *scale = f32::NAN.to_le_bytes();
+        return;
+    }
+    *scale = (largest / 127.0).to_le_bytes();
+    // Of a row of the smallest numbers that there are, the inverse would be infinite.
+    let inverse = if largest > 0.0 { (127.0 / largest).min(f32::MAX) } else { 0.0 };
+    for (number, value) in numbers.iter_mut().zip(values) {
+        *number = (value * inverse + ROUNDER).to_bits() as u8;
     }
 }
 
@@ -182,12 +249,45 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn int8_rows_are_within_half_a_step(values in proptest::collection::vec(-1e30_f32..1e30, 40)) {
+            let back = Rows::encode(Dtype::Int8, 20, &values).to_f32();
+            for (values, back) in values.chunks(20).zip(back.chunks(20)) {
+                let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+                for (value, back) in values.iter().zip(back) {
+                    prop_assert!((value - back).abs() <= largest / 253.0, "{} became {}", value, back);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn int8_rows_have_a_scale_each_and_zeros_and_nothing_finite_stay_so() {
+        let rows = Rows::encode(Dtype::Int8, 2, &[0.0, 0.0, 127.0, -127.0, 1e-44, 0.0, 1.0, f32::INFINITY]);
+        assert_eq!((rows.n_bytes(), rows.row_bytes()), (24, 6));
+        let values = rows.to_f32();
+        assert_eq!(values[..4], [0.0, 0.0, 127.0, -127.0]);
+        assert!(values[4..6].iter().all(|value| value.abs() <= 1e-44));
+        assert!(values[6..].iter().all(|value| value.is_nan()));
+        assert_eq!(rows.check_finite().unwrap_err().message, "rows.data is not finite at row 3, column 0");
+        assert_eq!(Rows::from_wire(rows.clone().into_wire()).unwrap(), rows);
+    }
+
+    #[test]
+    fn a_scale_that_is_too_large_is_named() {
+        let mut wire = Rows::encode(Dtype::Int8, 2, &[1.0, 0.5]).into_wire();
+        wire.data = [&f32::MAX.to_le_bytes()[..], &[127, 1]].concat().into();
+        let error = Rows::from_wire(wire).unwrap().check_finite().unwrap_err();
+        assert_eq!(error.message, "rows.data is not finite at row 0, column 0");
+    }
+
     #[test]
     fn a_wrong_length_is_named() {
         let mut wire = Rows::encode(Dtype::Bf16, 3, &[0.0; 6]).into_wire();
         wire.data = Bytes::from_static(&[0; 11]);
         let error = Rows::from_wire(wire).unwrap_err();
-        assert_eq!(error.message, "rows.data has 11 bytes, not 2 x 3 x 2 bytes");
+        assert_eq!(error.message, "rows.data has 11 bytes, not 2 rows of 3 Bf16 in 6 bytes");
     }
 
     #[test]

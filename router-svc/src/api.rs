@@ -258,6 +258,7 @@ impl Api {
             wire: match self.limits.wire {
                 Wire::F32 => "f32",
                 Wire::Bf16 => "bf16",
+                Wire::Int8 => "int8",
             }
             .to_owned(),
         }

@@ -23,6 +23,8 @@ pub enum Combine {
 pub enum Wire {
     F32,
     Bf16,
+    /// With a scale a row; back come bf16 rows.
+    Int8,
 }
 
 impl Wire {
@@ -30,6 +32,7 @@ impl Wire {
         match self {
             Self::F32 => Dtype::F32,
             Self::Bf16 => Dtype::Bf16,
+            Self::Int8 => Dtype::Int8,
         }
     }
 }
@@ -71,7 +74,7 @@ pub struct Args {
     /// What happens to a row whose expert nobody holds
     #[arg(long, env = "SHOAL_ON_MISSING_EXPERT", default_value = "wait")]
     pub on_missing_expert: OnMissingExpert,
-    /// How contributions are summed [default: exact on the f32 wire, fast on bf16]
+    /// How contributions are summed [default: exact on the f32 wire, otherwise fast]
     #[arg(long, env = "SHOAL_COMBINE")]
     pub combine: Option<Combine>,
     /// How activations travel to the experts and back
@@ -190,9 +193,10 @@ impl Args {
         ensure!(zero.is_empty(), "must not be 0: {}", zero.join(", "));
         let combine = match (self.combine, self.wire) {
             (None, Wire::F32) => Combine::Exact,
-            (None, Wire::Bf16) => Combine::Fast,
-            (Some(Combine::Exact | Combine::Pairs), Wire::Bf16) => {
-                bail!("--wire bf16 rounds what it carries, so it goes with --combine fast only")
+            (None, Wire::Bf16 | Wire::Int8) => Combine::Fast,
+            (Some(Combine::Exact | Combine::Pairs), Wire::Bf16 | Wire::Int8) => {
+                let wire = if self.wire == Wire::Int8 { "int8" } else { "bf16" };
+                bail!("--wire {wire} rounds what it carries, so it goes with --combine fast only")
             }
             (Some(combine), _) => combine,
         };

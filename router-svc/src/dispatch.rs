@@ -181,9 +181,9 @@ fn part(activations: &Activations, holder: &InstanceId, slots: Vec<Slot>, table:
 /// Cuts between rows, so that neither the rows of a frame nor a reply with one row per pair is too large a message.
 fn cut(activations: &Activations, slots: Vec<Slot>) -> impl Iterator<Item = Vec<Slot>> {
     let top_k = activations.top_k();
-    let row_bytes = activations.hidden_size * activations.dtype.bytes();
-    let rows_max = (FRAME_BYTES_MAX / row_bytes).max(1);
-    let pairs_max = (proto::MESSAGE_BYTES_MAX / 2 / row_bytes).max(top_k);
+    let rows_max = (FRAME_BYTES_MAX / activations.dtype.row_bytes(activations.hidden_size)).max(1);
+    let reply_bytes = activations.dtype.of_reply().row_bytes(activations.hidden_size);
+    let pairs_max = (proto::MESSAGE_BYTES_MAX / 2 / reply_bytes).max(top_k);
     let mut rest = slots.into_iter().peekable();
     std::iter::from_fn(move || {
         let mut part: Vec<Slot> = Vec::new();

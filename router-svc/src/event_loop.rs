@@ -130,7 +130,7 @@ mod tests {
         // The engine does not come back; the caretaker does it. Then again, after it has slept.
         asked.send(2).unwrap();
         assert_eq!(receiver.recv(), Ok(2));
-        event_loop.run(tokio::time::sleep(CARE_INTERVAL * 2));
+        event_loop.run(async { tokio::time::sleep(CARE_INTERVAL * 2).await });
         asked.send(3).unwrap();
         assert_eq!(receiver.recv(), Ok(3));
     }

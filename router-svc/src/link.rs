@@ -486,7 +486,7 @@ mod tests {
     #[test]
     fn a_server_of_another_kind_is_refused_with_both_sides_named() {
         check(|_| {}, Ok(2));
-        check(|status| status.wire_version = 9, Err("host:1 speaks wire version 9, this router 3"));
+        check(|status| status.wire_version = 9, Err("host:1 speaks wire version 9, this router 4"));
         check(|status| status.checkpoint = "x".into(), Err("host:1 serves checkpoint x, this router abc"));
         check(|status| status.hidden_size = 32, Err("host:1 has hidden_size 32, this router 64"));
         check(|status| status.state = "loading".into(), Err("host:1 is loading"));

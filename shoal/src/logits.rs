@@ -200,7 +200,7 @@ async fn ask(mut client: RouterClient<Channel>, request: v1::GenerateRequest) ->
             );
             let rows = Rows::from_wire(part.rows.context("logits without rows")?)?;
             n_positions += rows.n_rows();
-            answer.logits.extend(rows.values());
+            answer.logits.extend(rows.to_f32());
         }
         answer.tokens.extend(reply.tokens.iter().map(|token| token.id));
     }

@@ -8,7 +8,7 @@ pub(crate) mod variant;
 use std::path::PathBuf;
 
 pub(crate) use chain::Chain;
-pub(crate) use expected::{Case, Expected};
+pub(crate) use expected::{Case, Expected, write_prompts};
 pub(crate) use variant::Variant;
 
 /// The trained model of the repository.

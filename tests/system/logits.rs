@@ -1,12 +1,12 @@
 //! The same numbers as another implementation, and the same bits whatever the servers, the placement and the batch.
 
-use std::path::Path;
+use std::{ffi::OsString, path::Path};
 
 use futures_util::future::join_all;
 use tempfile::TempDir;
 
 use crate::{
-    fixtures::{Case, Chain, Expected, fixture, uniform},
+    fixtures::{Case, Chain, Expected, fixture, minnow, uniform, write_prompts},
     harness::{
         Cluster, Process,
         clients::{Generated, generate},
@@ -37,6 +37,43 @@ async fn check_family(name: &str) {
     check_tool(&checkpoint, &["--experts", "2", "--chunk", "7", "--combine", "exact"]).await;
     check_tool(&checkpoint, &["--experts", "4", "--chunk", "1", "--combine", "pairs"]).await;
     check_tool(&checkpoint, &["--experts", "4", "--combine", "fast"]).await;
+}
+
+/// A wire that rounds what it carries: half of the positions differ by less than `bound` of their logits' norm. Not all: a
+/// gate that was nearly undecided may choose another expert.
+async fn check_wire(wire: &str, bound: f32) {
+    const PROMPT: std::ops::Range<u32> = 3..67;
+    let checkpoint = minnow();
+    let folder = TempDir::new().expect("a temporary folder");
+    let (prompts, output) = (folder.path().join("prompts"), folder.path().join("out"));
+    write_prompts(&prompts, &[PROMPT.collect()]);
+    let mut logits = Vec::new();
+    for wire in ["f32", wire] {
+        let mut args: Vec<OsString> = vec!["logits".into(), checkpoint.clone().into(), "--tokens".into()];
+        args.extend([prompts.clone().into(), "--out".into(), output.clone().into()]);
+        args.extend(["--experts", "2", "--combine", "fast", "--wire", wire].map(OsString::from));
+        let ended = Process::run(args).await;
+        assert!(ended.status.success(), "{wire}: {}", ended.stderr);
+        logits.push(Expected::logits_of(&output, 0));
+    }
+    let vocab = logits[0].len() / PROMPT.len();
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
+    let positions = logits[0].chunks(vocab).zip(logits[1].chunks(vocab));
+    let mut differences: Vec<f32> = positions
+        .map(|(exact, rounded)| {
+            let difference = norm(&mut exact.iter().zip(rounded).map(|(exact, rounded)| exact - rounded));
+            difference / norm(&mut exact.iter().copied())
+        })
+        .collect();
+    differences.sort_unstable_by(f32::total_cmp);
+    let median = differences[PROMPT.len() / 2];
+    assert!(median > 0.0 && median < bound, "{wire}: {median}");
+}
+
+#[tokio::test]
+async fn wires_that_round_stay_near() {
+    check_wire("bf16", 0.002).await;
+    check_wire("int8", 0.007).await;
 }
 
 #[tokio::test]

@@ -163,9 +163,10 @@ async fn holdings_that_change_under_load_lose_no_frame() {
     let clock: crate::engine::Clock = Arc::new(|| tokio::time::Instant::now().into_std());
     let engine = Engine::start(
         threads,
-        Arc::new(move |frame: &_| compute.compute(frame)),
+        Box::new(move |frame: &_| compute.compute(frame)),
         Arc::clone(&clock),
         quiet(),
+        crate::engine::SHORT_PAIRS_MAX,
     )
     .unwrap();
     let streams =

@@ -52,7 +52,7 @@ impl Server {
         let hand = Arc::clone(&now);
         let clock: Clock = Arc::new(move || *hand.lock().unwrap());
         let threads = model::Threads::start(std::num::NonZeroUsize::MIN, 0).unwrap();
-        let engine = Engine::start(threads, Box::new(compute), Arc::clone(&clock), quiet()).unwrap();
+        let engine = Engine::start(threads, Box::new(compute), Arc::clone(&clock), quiet(), 0).unwrap();
         let streams =
             Streams::new(HIDDEN, engine.queue(), Arc::new(Counters::default()), clock, Tasks::new());
         streams.admit();

@@ -65,21 +65,25 @@ async fn a_rows_bits_follow_from_the_row_alone() {
     let three = Server::start(model.dir.path(), &["--threads", "3"]).await;
     let (mut one, mut three) = (one.router().await, three.router().await);
     for combine in [Combine::Fast, exact(), Combine::Pairs] {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            if dtype == Dtype::Bf16 && combine == exact() {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+            if dtype != Dtype::F32 && combine == exact() {
                 continue;
             }
             let mut frame = frame(HIDDEN, 33, &[1, 7, 2, 5]);
             frame.rows = Rows::encode(dtype, HIDDEN, &frame.rows.to_f32());
             frame.combine = combine;
             let together = three.ask(frame.clone()).await.unwrap().rows;
-            assert_eq!(together.dtype(), dtype);
+            assert_eq!(together.dtype(), dtype.of_reply());
             let together = together.to_f32();
             assert_eq!(
                 bits(&one.ask(frame.clone()).await.unwrap().rows.to_f32()),
                 bits(&together),
                 "threads"
             );
+            if dtype == Dtype::Int8 {
+                // A row that is read and written again may have another scale.
+                continue;
+            }
             let each = together.len() / 33;
             for row in [0, 1, 15, 16, 32] {
                 let alone = one.ask(row_alone(&frame, row)).await.unwrap().rows.to_f32();

@@ -52,9 +52,9 @@ async fn each_bad_frame_is_answered_and_the_stream_lives() {
     let invalid = "invalid_value";
     check(router, |wire| wire.rows = None, invalid, "rows is missing").await;
     let short = |wire: &mut v1::Frame| rows(wire).data = Bytes::from_static(&[0; 8]);
-    check(router, short, invalid, "rows.data has 8 bytes, not 2 x 64 x 4 bytes").await;
+    check(router, short, invalid, "rows.data has 8 bytes, not 2 rows of 64 F32 in 256 bytes").await;
     let more_rows = |wire: &mut v1::Frame| rows(wire).n_rows = 3;
-    check(router, more_rows, invalid, "rows.data has 512 bytes, not 3 x 64 x 4 bytes").await;
+    check(router, more_rows, invalid, "rows.data has 512 bytes, not 3 rows of 64 F32 in 256 bytes").await;
     check(router, |wire| rows(wire).dtype = 7, invalid, "unknown rows.dtype 7").await;
     check(router, |wire| wire.combine = 0, invalid, "unknown combine 0").await;
     let uneven = |wire: &mut v1::Frame| wire.assignment_expert.truncate(3);

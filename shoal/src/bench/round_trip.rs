@@ -61,8 +61,8 @@ pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
 
 /// How long each frame was away, how long of that it was computed, and its bytes.
 async fn trips(address: String) -> anyhow::Result<(Vec<Duration>, Vec<Duration>, usize)> {
-    let mut client = ExpertClient::new(channel(&address).await?)
-        .max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
+    let mut client =
+        ExpertClient::new(channel(&address).await?).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
     let status = client.status(v1::ExpertStatusRequest {}).await?.into_inner();
     let frame = frame(&status)?;
     let (frames, receiver) = mpsc::channel(1);
@@ -89,7 +89,7 @@ fn frame(status: &v1::ExpertStatus) -> anyhow::Result<Frame> {
         layer.experts.first().zip(layer.weights.first()).context("the server holds no expert")?;
     let width = status.hidden_size as usize;
     ensure!(width > 0, "the server has rows of no width");
-    let n_rows = (BYTES / Dtype::Bf16.bytes() / width).max(1);
+    let n_rows = (BYTES / Dtype::Bf16.row_bytes(width)).max(1);
     Ok(Frame {
         id: FrameId(0),
         layer: LayerId(layer.layer),

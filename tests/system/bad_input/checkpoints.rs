@@ -9,8 +9,7 @@ use crate::{
     fixtures::{
         Chain, Expected, Variant,
         chain::{FIRST_FILE, SECOND_FILE},
-        expected::write_prompts,
-        fixture,
+        fixture, write_prompts,
     },
     harness::{Cluster, Endpoint, Process, ask},
 };
@@ -278,8 +277,11 @@ async fn a_port_in_use_and_flags_that_make_no_sense() {
     .await;
     let registry = ["router", "--registry", "static://127.0.0.1:1"];
     let flags = |flags: &[&'static str]| [&registry[..], flags, &["--model"]].concat();
-    refuses(&flags(&["--wire", "bf16", "--combine", "exact"]), &model, &["--wire bf16", "--combine fast"])
-        .await;
+    for wire in ["bf16", "int8"] {
+        let says = format!("--wire {wire}");
+        let flags = flags(&["--wire", wire, "--combine", "exact"]);
+        refuses(&flags, &model, &[&says, "--combine fast"]).await;
+    }
     refuses(&flags(&["--chunk", "0", "--pages", "0"]), &model, &["--chunk", "--pages"]).await;
     refuses(&flags(&["--context-max", "5000"]), &model, &["5000", "4096"]).await;
     let broken = Variant::of(&model).write("tokenizer.json", b"{}");

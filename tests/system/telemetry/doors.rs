@@ -12,7 +12,7 @@ use super::{CALLER, TRACE, body, complete, full};
 use crate::{
     failure::needs_expert_3,
     fixtures::minnow,
-    harness::{Cluster, Endpoint, Process, collector::Collector, up::Up},
+    harness::{Cluster, Endpoint, Process, collector::Collector, up::Up, wait_for},
 };
 
 fn chat(prompt: &str, tokens: u32) -> v1::ChatRequest {
@@ -66,8 +66,13 @@ async fn log_lines_have_ids_and_no_prompts() {
         let response = complete(&http, &full(TRACE), 1).await;
         assert_eq!(response.status, 503);
         assert_eq!(response.json()["error"]["trace_id"], TRACE);
-        let lines = cluster.gateway().process.log();
-        let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).expect("a line is JSON"));
+        // Written before the answer, but read from a pipe.
+        let log = wait_for("a line that says why", async || {
+            let log = cluster.gateway().process.log();
+            if log.contains("request failed") { Ok(log) } else { Err(log) }
+        })
+        .await;
+        let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("a line is JSON"));
         let failures: Vec<Value> = lines.filter(|line| line["message"] == "request failed").collect();
         let [failure] = &failures[..] else { panic!("{failures:?}") };
         assert_eq!(failure["span"]["trace_id"], TRACE);
