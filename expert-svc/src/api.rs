@@ -1,6 +1,6 @@
 //! The gRPC service `shoal.v1.Expert`: streams to the engine, and what this server says about itself.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
 use ids::{ExpertId, LayerId};
 use proto::{
@@ -19,6 +19,9 @@ use crate::{
 pub(crate) struct Api {
     pub(crate) presence: Arc<Presence>,
     pub(crate) streams: Streams,
+    pub(crate) listen: SocketAddr,
+    /// Its abstract name, where there are such.
+    pub(crate) unix_socket: Option<String>,
 }
 
 #[tonic::async_trait]
@@ -71,6 +74,8 @@ impl Expert for Api {
             memory_bytes_max: shard.memory_bytes_max(),
             placement: record.holdings.map_or(0, |holdings| holdings.placement.0),
             frames_late: counts.frames_late,
+            listen: self.listen.to_string(),
+            unix_socket: self.unix_socket.clone().unwrap_or_default(),
         }))
     }
 }

@@ -16,7 +16,8 @@ use model::{
 };
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::{Metrics, Process, Tasks};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
@@ -108,13 +109,35 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     if let Some(session) = &session {
         session.observe(&process.metrics);
     }
+    let unix_socket = UnixSocket::bind(&instance);
     let presence = Arc::new(Presence::new(instance, advertised, shard));
     observe::read(&process.metrics, &presence, &streams);
     let (health, health_service) = tonic_health::server::health_reporter();
-    let api = Api { presence: Arc::clone(&presence), streams: streams.clone() };
-    let router = router(api, health_service, &process.metrics)?;
+    let api = Arc::new(Api {
+        presence: Arc::clone(&presence),
+        streams: streams.clone(),
+        listen: address,
+        unix_socket: unix_socket.as_ref().map(|socket| socket.name.clone()),
+    });
+    let router = || router(Arc::clone(&api), health_service.clone(), &process.metrics);
     let stop = CancellationToken::new();
-    let server = router.serve_with_incoming_shutdown(incoming(listener), stop.clone().cancelled_owned());
+    let server = {
+        let over_tcp =
+            router()?.serve_with_incoming_shutdown(incoming(listener), stop.clone().cancelled_owned());
+        let (router, stop) = (router()?, stop.clone());
+        let on_this_host = async move {
+            match unix_socket {
+                Some(socket) => {
+                    let incoming = UnixListenerStream::new(socket.listener);
+                    router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
+                }
+                None => Ok(stop.cancelled().await),
+            }
+        };
+        async { tokio::try_join!(over_tcp, on_this_host).map(|((), ())| ()) }
+    };
+    // What serves holds it, and it holds the streams' queue: the compute threads end when nobody does.
+    drop(api);
     let lifecycle = Lifecycle {
         tasks,
         presence,
@@ -168,7 +191,27 @@ fn open(
     Ok(Shard::new(checkpoint, &experts, memory_bytes_max))
 }
 
-fn router(api: Api, health: HealthServer<impl Health>, metrics: &Metrics) -> anyhow::Result<Router> {
+/// Where processes of this host find this server too. Abstract: the name is in no folder, and gone with the process.
+struct UnixSocket {
+    name: String,
+    listener: UnixListener,
+}
+
+impl UnixSocket {
+    /// None where the system has no abstract names, or gives this one not: routers call over TCP then.
+    fn bind(instance: &InstanceId) -> Option<Self> {
+        if !cfg!(target_os = "linux") {
+            return None;
+        }
+        let name = format!("shoal-expert-{instance}");
+        UnixListener::bind(format!("\0{name}"))
+            .inspect_err(|error| tracing::warn!(name, %error, "no Unix socket"))
+            .map(|listener| Self { name, listener })
+            .ok()
+    }
+}
+
+fn router(api: Arc<Api>, health: HealthServer<impl Health>, metrics: &Metrics) -> anyhow::Result<Router> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::v1::FILE_DESCRIPTOR_SET)
@@ -177,7 +220,7 @@ fn router(api: Api, health: HealthServer<impl Health>, metrics: &Metrics) -> any
             .with_service_name("shoal.v1.Expert")
             .with_service_name("grpc.health.v1.Health")
     };
-    let expert = ExpertServer::new(api)
+    let expert = ExpertServer::from_arc(api)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let services = Routes::new(expert)

@@ -203,6 +203,7 @@ impl Api {
                 latency_us: summary.latency.as_micros() as u64,
                 ejections: summary.n_ejections,
                 epoch: link.epoch.0,
+                transport: link.transport.to_owned(),
             }
         });
         v1::RouterStatus {

@@ -68,6 +68,9 @@ pub struct Args {
     /// Address at which gateways reach this router, if it is not the one it listens on
     #[arg(long, env = "SHOAL_ADVERTISE", value_name = "HOST:PORT")]
     pub advertise: Option<String>,
+    /// Call expert servers on this host through Unix sockets instead of TCP
+    #[arg(long, env = "SHOAL_UNIX_SOCKETS", default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false")]
+    pub unix_sockets: bool,
     /// How many servers shall hold each expert: what the leader of the routers sees to, with an etcd registry
     #[arg(long, env = "SHOAL_REPLICAS", default_value = "1", value_name = "N")]
     pub replicas: NonZeroUsize,

@@ -9,6 +9,7 @@ mod args;
 mod cache;
 mod calibrate;
 mod combine;
+mod dial;
 mod dispatch;
 mod engine;
 mod event_loop;

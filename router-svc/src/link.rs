@@ -26,12 +26,10 @@ use tokio::{
     },
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Streaming, transport::Channel};
 
 use crate::{
+    dial::{self, CONNECT_TIMEOUT, Transport},
     engine::Command,
     remote::{LINK_FRAMES_MAX, LinkEvent, View},
 };
@@ -52,6 +50,8 @@ pub(crate) struct LinkState {
     pub(crate) detail: String,
     pub(crate) n_experts: usize,
     pub(crate) epoch: Epoch,
+    /// Empty when it is not connected.
+    pub(crate) transport: &'static str,
 }
 
 /// All links of a router.
@@ -66,6 +66,8 @@ pub(crate) struct Links {
     commands: UnboundedSender<Command>,
     /// Where links live: the engine's own loop.
     event_loop: Handle,
+    /// Servers on this host are called through their Unix sockets.
+    unix_sockets: bool,
 }
 
 #[derive(Default)]
@@ -74,10 +76,6 @@ struct Joined {
     links: HashMap<InstanceId, mpsc::Sender<v1::Frame>>,
 }
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A server that answers no ping for this long has no more frames on it: found within 3 s together with the interval.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
 
@@ -88,6 +86,7 @@ impl Links {
         events: UnboundedSender<LinkEvent>,
         commands: UnboundedSender<Command>,
         event_loop: Handle,
+        unix_sockets: bool,
     ) -> Arc<Self> {
         Arc::new(Self {
             identity,
@@ -98,6 +97,7 @@ impl Links {
             events,
             commands,
             event_loop,
+            unix_sockets,
         })
     }
 
@@ -220,36 +220,21 @@ impl Links {
         {
             return Err(Error::new(Code::Unavailable, "not_ready", format!("{address} is loading")));
         }
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .map_err(|error| Error::invalid("registry", format!("{address} is not an address: {error}")))?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
-            .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await.map_err(|error| {
-            Error::new(Code::Unavailable, "connect_failed", format!("cannot connect: {}", innermost(&error)))
-        })?;
-        let mut client = ExpertClient::new(channel)
-            .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
-        let holder = self.ask(&mut client, address).await?;
+        let mut client = dial::tcp(address).await?;
+        let status = ask(&mut client).await?;
+        let mut transport = Transport::Tcp;
+        if self.unix_sockets
+            && let Some(name) = dial::unix_socket_of(&status, address)
+            && let Some(through_it) = through_unix_socket(name, &status.instance).await
+        {
+            (client, transport) = (through_it, Transport::Unix);
+        }
+        let holder = self.identity.check(address, status)?;
         if member.record.is_some() && holder.instance.as_str() != key {
             let message = format!("{address} is now {}", holder.instance);
             return Err(Error::new(Code::Unavailable, "other_instance", message));
         }
-        Ok(Connection { client, holder })
-    }
-
-    async fn ask(&self, client: &mut ExpertClient<Channel>, address: &str) -> Result<Holder, Error> {
-        let status = tokio::time::timeout(CONNECT_TIMEOUT, client.status(v1::ExpertStatusRequest {}))
-            .await
-            .map_err(|_| Error::new(Code::DeadlineExceeded, "status_timeout", "no answer to Status"))?
-            .map_err(|status| Error::from_status(&status))?
-            .into_inner();
-        self.identity.check(address, status)
+        Ok(Connection { client, transport, holder })
     }
 
     /// Carries frames and replies until the stream ends; says why it did.
@@ -259,7 +244,7 @@ impl Links {
         connection: Connection,
         listed: &mut watch::Receiver<Option<Member>>,
     ) -> Error {
-        let Connection { mut client, mut holder } = connection;
+        let Connection { mut client, transport, mut holder } = connection;
         let (sender, receiver) = mpsc::channel(LINK_FRAMES_MAX);
         let opened =
             tokio::time::timeout(CONNECT_TIMEOUT, client.dispatch(ReceiverStream::new(receiver))).await;
@@ -270,6 +255,9 @@ impl Links {
         };
         if let Err(error) = self.join(key, holder.clone(), Some(sender)) {
             return error;
+        }
+        if let Some(state) = lock(&self.states).get_mut(key) {
+            state.transport = transport.as_str();
         }
         let instance = holder.instance.clone();
         let mut hears = true;
@@ -288,7 +276,7 @@ impl Links {
                     } else if record.holdings.is_some_and(|holdings| holdings.epoch > holder.epoch) {
                         // The registry says that it holds something else now; what, it says itself. The stream's
                         // replies wait meanwhile, for as long as its own server takes to say it.
-                        match self.ask(&mut client, &holder.address).await {
+                        match ask(&mut client).await.and_then(|status| self.identity.check(&holder.address, status)) {
                             Ok(now) => holder = now,
                             Err(error) => break error,
                         }
@@ -369,7 +357,10 @@ impl Links {
         detail: &str,
         holder: Option<&Holder>,
     ) {
+        let mut states = lock(&self.states);
+        let connected = states.get(key).filter(|_| holder.is_some());
         let link_state = LinkState {
+            transport: connected.map_or("", |state| state.transport),
             address: address.to_owned(),
             instance: holder.map(|holder| holder.instance.to_string()).unwrap_or_default(),
             state,
@@ -377,7 +368,7 @@ impl Links {
             n_experts: holder.map_or(0, Holder::n_experts),
             epoch: holder.map_or(Epoch(0), |holder| holder.epoch),
         };
-        lock(&self.states).insert(key.to_owned(), link_state);
+        states.insert(key.to_owned(), link_state);
     }
 
     /// The engine is gone only when the process is ending.
@@ -388,7 +379,24 @@ impl Links {
 
 struct Connection {
     client: ExpertClient<Channel>,
+    transport: Transport,
     holder: Holder,
+}
+
+async fn ask(client: &mut ExpertClient<Channel>) -> Result<v1::ExpertStatus, Error> {
+    let status = tokio::time::timeout(CONNECT_TIMEOUT, client.status(v1::ExpertStatusRequest {}))
+        .await
+        .map_err(|_| Error::new(Code::DeadlineExceeded, "status_timeout", "no answer to Status"))?
+        .map_err(|status| Error::from_status(&status))?;
+    Ok(status.into_inner())
+}
+
+/// A way to `instance` that costs less, where there is one: on another host, or in another network namespace, nobody has
+/// that name.
+async fn through_unix_socket(name: &str, instance: &str) -> Option<ExpertClient<Channel>> {
+    let mut client = dial::unix(name).await.ok()?;
+    let status = ask(&mut client).await.ok()?;
+    (status.instance == instance).then_some(client)
 }
 
 impl Identity {
@@ -439,15 +447,6 @@ impl Identity {
             draining: status.state == "draining",
         })
     }
-}
-
-/// The last error of a chain: what the system said.
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }
 
 /// Between half of `pause` and all of it, so that routers do not come back in step.

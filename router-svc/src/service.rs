@@ -86,7 +86,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
 
     let identity =
         Identity { checkpoint: checkpoint.fingerprint().to_owned(), hidden_size: config.hidden_size };
-    let links = Links::new(identity, view, events, commands.clone(), links_live);
+    let links = Links::new(identity, view, events, commands.clone(), links_live, args.unix_sockets);
     // Links outlive the drain: running requests need their experts until the end.
     let link_tasks = Tasks::new();
     let session = Session::open(&args.registry, &link_tasks).context("cannot use --registry")?;

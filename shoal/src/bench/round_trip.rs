@@ -49,25 +49,43 @@ pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
     };
     let server = Member::start(spec, &tasks).await?;
     let address = format!("http://{}", server.address);
-    // As in a router: one thread that does everything.
-    let measure = move || Builder::new_current_thread().enable_all().build()?.block_on(trips(address));
-    let (trips, computes, n_bytes) = tokio::task::spawn_blocking(measure).await??;
+    let over_tcp = measure(address.clone()).await?;
+    let status = ExpertClient::new(channel(&address).await?).status(v1::ExpertStatusRequest {}).await?;
+    let mut figures = vec![("dispatch, TCP", over_tcp.away)];
+    let name = status.into_inner().unix_socket;
+    if !name.is_empty() {
+        figures.push(("dispatch, Unix socket", measure(format!("unix:\0{name}")).await?.away));
+    }
     server.stop().await;
     tasks.begin_shutdown();
+    let n_bytes = over_tcp.n_bytes;
     let echo = tokio::task::spawn_blocking(move || echo(n_bytes)).await?.context("cannot echo")?;
-    let figures = [("dispatch", trips), ("of it computing", computes), ("raw socket echo", echo)];
+    figures.extend([("of it computing", over_tcp.computing), ("raw TCP echo", echo)]);
     print(figures, n_bytes, as_json)
 }
 
-/// How long each frame was away, how long of that it was computed, and its bytes.
-async fn trips(address: String) -> anyhow::Result<(Vec<Duration>, Vec<Duration>, usize)> {
+struct Trips {
+    /// How long each frame was away, and how long of that it was computed.
+    away: Vec<Duration>,
+    computing: Vec<Duration>,
+    /// Of a frame's rows.
+    n_bytes: usize,
+}
+
+/// As in a router: one thread that does everything.
+async fn measure(url: String) -> anyhow::Result<Trips> {
+    let measure = move || Builder::new_current_thread().enable_all().build()?.block_on(trips(&url));
+    tokio::task::spawn_blocking(measure).await?
+}
+
+async fn trips(url: &str) -> anyhow::Result<Trips> {
     let mut client =
-        ExpertClient::new(channel(&address).await?).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
+        ExpertClient::new(channel(url).await?).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
     let status = client.status(v1::ExpertStatusRequest {}).await?.into_inner();
     let frame = frame(&status)?;
     let (frames, receiver) = mpsc::channel(1);
     let mut replies = client.dispatch(ReceiverStream::new(receiver)).await?.into_inner();
-    let (mut trips, mut computes) = (Vec::with_capacity(ROUNDS), Vec::with_capacity(ROUNDS));
+    let (mut away, mut computing) = (Vec::with_capacity(ROUNDS), Vec::with_capacity(ROUNDS));
     for round in 0..WARM_UP + ROUNDS {
         let sent = now();
         frames.send(Frame { id: FrameId(round as u64 + 1), ..frame.clone() }.into_wire()).await?;
@@ -75,11 +93,11 @@ async fn trips(address: String) -> anyhow::Result<(Vec<Duration>, Vec<Duration>,
         let took = sent.elapsed();
         let computed = Reply::from_wire(reply)?.outcome?;
         if round >= WARM_UP {
-            trips.push(took);
-            computes.push(computed.compute_time);
+            away.push(took);
+            computing.push(computed.compute_time);
         }
     }
-    Ok((trips, computes, frame.rows.n_bytes()))
+    Ok(Trips { away, computing, n_bytes: frame.rows.n_bytes() })
 }
 
 /// Rows of [`BYTES`] together, one of them for the first expert held.
@@ -130,7 +148,7 @@ fn echo(n_bytes: usize) -> std::io::Result<Vec<Duration>> {
     Ok(trips)
 }
 
-fn print(figures: [(&str, Vec<Duration>); 3], n_bytes: usize, as_json: bool) -> anyhow::Result<()> {
+fn print(figures: Vec<(&str, Vec<Duration>)>, n_bytes: usize, as_json: bool) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let mut rows = vec![["ROUND TRIP", "BYTES", "P50 µs", "P90 µs", "P99 µs"].map(str::to_owned).to_vec()];
     for (name, mut times) in figures {
