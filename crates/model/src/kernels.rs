@@ -61,6 +61,9 @@ pub enum Isa {
     /// With VNNI, BW and VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// With the dot products of ARMv8.2.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Isa {
@@ -101,6 +104,10 @@ impl Isa {
                 return Self::Avx2;
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            return Self::Neon;
+        }
         Self::Baseline
     }
 
@@ -112,6 +119,8 @@ impl Isa {
             Self::Avx2 => vec![Self::Baseline, Self::Avx2],
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => vec![Self::Baseline, Self::Avx2, Self::Avx512],
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => vec![Self::Baseline, Self::Neon],
         }
     }
 
@@ -123,6 +132,8 @@ impl Isa {
             Self::Avx2 => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => false,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => false,
         }
     }
 
@@ -134,11 +145,14 @@ impl Isa {
             Self::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
         }
     }
 }
 
-/// Compiles `generic::$name` for every instruction set and picks one at run time.
+/// Compiles `generic::$name` for every instruction set and picks one at run time. The baseline of aarch64 has all of NEON that
+/// these use.
 macro_rules! dispatch {
     ($(#[$doc:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?) => {
         $(#[$doc])*
@@ -161,6 +175,8 @@ macro_rules! dispatch {
                 #[cfg(target_arch = "x86_64")]
                 #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
                 Isa::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => generic::$name($($arg),*),
             }
         }
     };
@@ -185,6 +201,8 @@ macro_rules! dispatch {
                 #[cfg(target_arch = "x86_64")]
                 #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
                 Isa::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => generic::$name($($arg),*),
             }
         }
     };

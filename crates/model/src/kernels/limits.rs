@@ -16,6 +16,8 @@ pub(crate) fn read(bytes: &[u8]) -> u64 {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx2 | Isa::Avx512 => unsafe { x86::read(bytes) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => generic::read(bytes),
     }
 }
 
@@ -29,6 +31,9 @@ pub(crate) fn multiply_f32(seed: f32) -> (usize, f32) {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx512 => unsafe { x86::avx512_f32(seed) },
+        #[cfg(target_arch = "aarch64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Neon => unsafe { arm::neon_f32(seed) },
     }
 }
 
@@ -42,6 +47,9 @@ pub(crate) fn multiply_i8(seed: i8) -> (usize, i32) {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx512 => unsafe { x86::avx512(seed) },
+        #[cfg(target_arch = "aarch64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Neon => unsafe { arm::neon(seed) },
     }
 }
 
@@ -133,6 +141,47 @@ mod x86 {
             all = _mm512_add_epi32(all, *sum);
         }
         (TURNS * CHAINS * 64, _mm512_reduce_add_epi32(all))
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use std::{arch::aarch64::*, hint::black_box};
+
+    use super::{super::packed::neon::sdot, CHAINS, TURNS};
+
+    #[target_feature(enable = "neon")]
+    pub(super) fn neon_f32(seed: f32) -> (usize, f32) {
+        let mut sums = [vdupq_n_f32(0.0); CHAINS];
+        let (x, half) = (vdupq_n_f32(black_box(seed)), vdupq_n_f32(0.5));
+        for _ in 0..TURNS {
+            for sum in &mut sums {
+                // The sum is what is added to: of all three it is the one that `fmla` writes.
+                *sum = vfmaq_f32(*sum, half, x);
+            }
+        }
+        let mut all = sums[0];
+        for sum in &sums[1..] {
+            all = vaddq_f32(all, *sum);
+        }
+        (TURNS * CHAINS * 4, vaddvq_f32(all))
+    }
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) fn neon(seed: i8) -> (usize, i32) {
+        let mut sums = [vdupq_n_s32(0); CHAINS];
+        let mut x = vdupq_n_s8(seed);
+        for _ in 0..TURNS {
+            x = black_box(x);
+            for sum in &mut sums {
+                *sum = sdot::<0>(*sum, x, x);
+            }
+        }
+        let mut all = sums[0];
+        for sum in &sums[1..] {
+            all = vaddq_s32(all, *sum);
+        }
+        (TURNS * CHAINS * 16, vaddvq_s32(all))
     }
 }
 

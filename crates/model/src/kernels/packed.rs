@@ -14,6 +14,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 mod scalar;
 
 use std::ops::Range;
@@ -202,6 +204,7 @@ impl<'a> Row<'a> {
         self.group.scales[block * self.group.n_rows + self.row]
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn biases(self, block: usize) -> Biases {
         self.group.biases[block * self.group.n_rows + self.row]
     }
@@ -216,6 +219,9 @@ fn quantize_with(isa: Isa, part: Part<'_>) {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx512 => unsafe { avx512::quantize(part) },
+        // The baseline of aarch64 has what it needs.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => quantize(part),
     }
 }
 
@@ -384,6 +390,12 @@ fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, first: usize, panel: Panel<'_
             return unsafe { avx2::add_products_wide(bits, x, first, panel, y) };
         }
         Isa::Avx2 | Isa::Baseline => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+    match isa {
+        Isa::Neon => return unsafe { neon::rows_with_panel(bits, x, first, panel, y) },
+        Isa::Baseline => {}
     }
     y.fill([0.0; OUTPUTS]);
     let n_blocks = panel.n_blocks();
