@@ -53,8 +53,14 @@ pub struct Args {
     #[arg(long, env = "SHOAL_MODEL", value_name = "DIR")]
     pub model: PathBuf,
     /// How matrices are kept in memory: bf16 as the checkpoint has them, q8 or q4 quantized to int8 or int4 in blocks of
-    /// 32 (not: embedding, gate, norms; the head has int8 at least)
-    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "bf16|q8|q4", default_value = "bf16")]
+    /// 32 (not: embedding, gate, norms; the head has int8 at least),
+    /// q8-experts or q4-experts without attention and head
+    #[arg(
+        long,
+        env = "SHOAL_WEIGHTS",
+        value_name = "bf16|q8|q4|q8-experts|q4-experts",
+        default_value = "bf16"
+    )]
     pub weights: Weights,
     /// Where quantized weights are kept: the next start maps them instead of making them [default: nowhere]
     #[arg(long, env = "SHOAL_CACHE_DIR", value_name = "DIR")]

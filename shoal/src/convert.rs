@@ -17,7 +17,7 @@ pub(crate) struct Args {
     /// Checkpoint folder
     dir: PathBuf,
     /// int8 or int4
-    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "q8|q4")]
+    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "q8|q4|q8-experts|q4-experts")]
     weights: Weights,
     /// Where to write
     #[arg(long, env = "SHOAL_CACHE_DIR", value_name = "DIR")]

@@ -76,7 +76,12 @@ impl LogArgs {
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct WeightsArgs {
     /// How matrices are kept in memory: as the checkpoint has them, or quantized to int8 or int4
-    #[arg(long, env = "SHOAL_WEIGHTS", value_name = "bf16|q8|q4", default_value = "bf16")]
+    #[arg(
+        long,
+        env = "SHOAL_WEIGHTS",
+        value_name = "bf16|q8|q4|q8-experts|q4-experts",
+        default_value = "bf16"
+    )]
     pub(crate) weights: Weights,
     /// Where quantized weights are kept: the next start maps them instead of making them [default: nowhere]
     #[arg(long, env = "SHOAL_CACHE_DIR", value_name = "DIR")]

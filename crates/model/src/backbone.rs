@@ -45,10 +45,10 @@ impl Backbone {
             embed_tokens: checkpoint.stored(EMBED_TOKENS, shape)?,
             layers,
             norm: checkpoint.vector("model.norm.weight", config.hidden_size)?,
-            lm_head: match checkpoint.weights() {
-                Weights::Stored => checkpoint.stored(head, shape)?,
+            lm_head: match checkpoint.weights().of_attention() {
+                None => checkpoint.stored(head, shape)?,
                 // What every answer goes through is worth its bytes.
-                Weights::Quantized(_) => checkpoint.quantized(head, shape, Bits::Eight)?,
+                Some(_) => checkpoint.quantized(head, shape, Bits::Eight)?,
             },
             weights: checkpoint.weights(),
             config,

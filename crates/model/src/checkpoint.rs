@@ -215,11 +215,11 @@ impl Checkpoint {
         Ok(mapped)
     }
 
-    /// One matrix `[outputs, width]` as weights are kept.
+    /// One matrix `[outputs, width]` of attention as weights are kept.
     pub(crate) fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear, Error> {
-        match self.weights {
-            Weights::Stored => self.stored(name, shape),
-            Weights::Quantized(bits) => self.quantized(name, shape, bits),
+        match self.weights.of_attention() {
+            None => self.stored(name, shape),
+            Some(bits) => self.quantized(name, shape, bits),
         }
     }
 

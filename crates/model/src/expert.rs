@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, ops::Range, sync::Arc};
 use ids::{ExpertId, LayerId, WeightsHash};
 use rayon::prelude::*;
 
-use crate::{Bits, Checkpoint, Error, Mlp, ModelConfig, Weights, checkpoint::Mapped};
+use crate::{Bits, Checkpoint, Error, Mlp, ModelConfig, checkpoint::Mapped};
 
 /// The routed experts that one process holds; maps only their bytes.
 #[derive(Default)]
@@ -47,7 +47,7 @@ impl Experts {
     ) -> Result<Self, Error> {
         let config = checkpoint.config();
         let (hidden_size, width) = (config.hidden_size, config.moe_intermediate_size);
-        if let Weights::Quantized(bits) = checkpoint.weights() {
+        if let Some(bits) = checkpoint.weights().of_experts() {
             return Self::quantize_after(before, checkpoint, held, bits, go_on);
         }
         let names: Vec<_> = held.iter().flat_map(|&pair| tensors(config, pair)).collect();
@@ -100,9 +100,9 @@ impl Experts {
         let config = checkpoint.config();
         let bytes = |pair| {
             let tensors = tensors(config, pair);
-            match checkpoint.weights() {
-                Weights::Stored => checkpoint.bytes_of(&tensors),
-                Weights::Quantized(bits) => {
+            match checkpoint.weights().of_experts() {
+                None => checkpoint.bytes_of(&tensors),
+                Some(bits) => {
                     checkpoint.bytes_of(&tensors)?;
                     Ok(Checkpoint::packed_bytes(bits, &Mlp::shapes(&tensors)))
                 }

@@ -7,10 +7,7 @@ use ids::{ExpertId, LayerId, RowIndex, WeightsHash};
 use crate::{
     Assignments, Error, Pages, Span,
     attention::Attention,
-    checkpoint::{
-        Checkpoint, Mapped,
-        packed::{Shape, Weights},
-    },
+    checkpoint::{Checkpoint, Mapped, packed::Shape},
     gate::Gate,
     kernels::{packed::Bits, rms_norm, silu_mul, threads},
     rope::Rotary,
@@ -93,12 +90,12 @@ impl Layer {
 impl Mlp {
     pub(crate) fn load(checkpoint: &Checkpoint, prefix: &str, width: usize) -> Result<Self, Error> {
         let hidden_size = checkpoint.config().hidden_size;
-        match checkpoint.weights() {
-            Weights::Stored => {
+        match checkpoint.weights().of_experts() {
+            None => {
                 let mapped = checkpoint.map(&Self::tensors(prefix, hidden_size, width))?;
                 Self::from_mapped(&mapped, prefix, hidden_size, width)
             }
-            Weights::Quantized(bits) => Ok(Self::quantized(checkpoint, prefix, width, bits)?.0),
+            Some(bits) => Ok(Self::quantized(checkpoint, prefix, width, bits)?.0),
         }
     }
 

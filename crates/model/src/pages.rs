@@ -43,12 +43,12 @@ impl Pages {
         };
         let index_keys = || {
             let width = config.indexer.map_or(0, |indexer| indexer.index_head_dim);
-            match backbone.weights() {
-                Weights::Quantized(_) if width > 0 => {
+            match backbone.weights().of_attention() {
+                Some(_) if width > 0 => {
                     let bytes = vec![0; n_pages * Bits::Eight.matrix_bytes(page_positions, width)];
                     IndexKeys::Panels { width, page_positions, bytes }
                 }
-                Weights::Quantized(_) | Weights::Stored => IndexKeys::Rows(rows(width)),
+                Some(_) | None => IndexKeys::Rows(rows(width)),
             }
         };
         let layers = 0..config.num_hidden_layers;
@@ -68,9 +68,9 @@ impl Pages {
     #[must_use]
     pub fn page_bytes(config: &ModelConfig, weights: Weights, page_positions: usize) -> usize {
         let index_width = config.indexer.map_or(0, |indexer| indexer.index_head_dim);
-        let index_bytes = match weights {
-            Weights::Stored => page_positions * index_width * size_of::<f32>(),
-            Weights::Quantized(_) => Bits::Eight.matrix_bytes(page_positions, index_width),
+        let index_bytes = match weights.of_attention() {
+            None => page_positions * index_width * size_of::<f32>(),
+            Some(_) => Bits::Eight.matrix_bytes(page_positions, index_width),
         };
         config.num_hidden_layers * (page_positions * config.latent_width() * size_of::<f32>() + index_bytes)
     }

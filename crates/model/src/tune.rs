@@ -33,9 +33,9 @@ impl Wanted {
     /// For `weights`: those that are stored are mapped, and there is nothing to try.
     #[must_use]
     pub fn with_weights(self, weights: Weights) -> Self {
-        match weights {
-            Weights::Stored => Self { huge_pages: Some(false), ..self },
-            Weights::Quantized(_) => self,
+        match weights.of_experts() {
+            None => Self { huge_pages: Some(false), ..self },
+            Some(_) => self,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A trace collector in the test's own process: takes OTLP over gRPC and keeps every span.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::{Arc, Mutex},
 };
@@ -84,7 +84,8 @@ impl Collector {
         self.spans.0.lock().expect("nobody panics with it").clone()
     }
 
-    /// Waits until the trace has all that `complete` wants: spans come in batches, the root last.
+    /// Waits until the trace has all that `complete` wants, and what its spans hang under: each process sends its own in
+    /// batches.
     pub(crate) async fn complete_trace(
         &self,
         trace_id: &str,
@@ -92,7 +93,12 @@ impl Collector {
     ) -> Trace {
         wait_for("complete trace", async || {
             let trace = self.trace(trace_id);
-            complete(&trace).map(|()| trace)
+            complete(&trace)?;
+            // The caller's span is none of ours.
+            let ids: HashSet<&str> = trace.0.iter().map(|span| span.id.as_str()).collect();
+            let parents = trace.0.iter().map(|span| span.parent.as_str());
+            let elsewhere: HashSet<&str> = parents.filter(|parent| !ids.contains(parent)).collect();
+            if elsewhere.len() <= 1 { Ok(trace) } else { Err(format!("orphans of {elsewhere:?}")) }
         })
         .await
     }

@@ -7,10 +7,7 @@ use ids::PageIndex;
 use super::indexer::Indexer;
 use crate::{
     Error, ModelConfig, Pages, Span,
-    checkpoint::{
-        Checkpoint, Mapped,
-        packed::{Shape, Weights},
-    },
+    checkpoint::{Checkpoint, Mapped, packed::Shape},
     kernels::{Attended, Columns, HEADS_MAX, attend, packed::Bits, rms_norm, threads},
     pages::{IndexKeys, Rows},
     rope::{Angles, Rotary},
@@ -276,8 +273,8 @@ impl Matrices {
             (name("o_proj"), [hidden, heads * v]),
         ];
         let plain = [others, queries].concat();
-        let (mut matrices, kv_b_proj) = match checkpoint.weights() {
-            Weights::Stored => {
+        let (mut matrices, kv_b_proj) = match checkpoint.weights().of_attention() {
+            None => {
                 let load = |(name, shape): &(String, [usize; 2])| checkpoint.stored(name, *shape);
                 let matrix = load(&kv_b)?;
                 let head = |head: usize| {
@@ -287,7 +284,7 @@ impl Matrices {
                 };
                 (plain.iter().map(load).collect::<Result<Vec<_>, _>>()?, (0..heads).map(head).collect())
             }
-            Weights::Quantized(bits) => Self::quantized(checkpoint, prefix, sizes, bits, &plain, &kv_b)?,
+            Some(bits) => Self::quantized(checkpoint, prefix, sizes, bits, &plain, &kv_b)?,
         };
         let mut next = || matrices.pop().ok_or_else(|| Error::new(format!("{prefix} lacks a matrix")));
         let last = next()?;

@@ -40,17 +40,45 @@ pub enum Weights {
     Stored,
     /// Quantized to int8 or int4 in blocks of 32, all but embedding, gate and norms. The head is never less than int8.
     Quantized(Bits),
+    /// The feed-forward networks alone, routed and shared experts and those of dense layers: nearly all the bytes of a
+    /// large model, and the least of what rounding does to it.
+    Experts(Bits),
 }
 
 impl Weights {
-    /// Every spelling that [`str::parse`] takes.
-    pub const NAMES: [&str; 3] = ["bf16", "q8", "q4"];
+    const ALL: [Self; 5] = [
+        Self::Stored,
+        Self::Quantized(Bits::Eight),
+        Self::Quantized(Bits::Four),
+        Self::Experts(Bits::Eight),
+        Self::Experts(Bits::Four),
+    ];
 
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Stored => "bf16",
             Self::Quantized(bits) => name(bits),
+            Self::Experts(Bits::Eight) => "q8-experts",
+            Self::Experts(Bits::Four) => "q4-experts",
+        }
+    }
+
+    /// What routed, shared and dense feed-forward networks are quantized to.
+    #[must_use]
+    pub const fn of_experts(self) -> Option<Bits> {
+        match self {
+            Self::Stored => None,
+            Self::Quantized(bits) | Self::Experts(bits) => Some(bits),
+        }
+    }
+
+    /// What attention, and with 8 bits at least the head, is quantized to.
+    #[must_use]
+    pub const fn of_attention(self) -> Option<Bits> {
+        match self {
+            Self::Stored | Self::Experts(_) => None,
+            Self::Quantized(bits) => Some(bits),
         }
     }
 }
@@ -59,10 +87,9 @@ impl std::str::FromStr for Weights {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let all = [Self::Stored, Self::Quantized(Bits::Eight), Self::Quantized(Bits::Four)];
-        all.into_iter()
-            .find(|weights| weights.name() == text)
-            .ok_or_else(|| format!("not one of {}", Self::NAMES.join(", ")))
+        let all = Self::ALL;
+        let named = all.into_iter().find(|weights| weights.name() == text);
+        named.ok_or_else(|| format!("not one of {}", all.map(Self::name).join(", ")))
     }
 }
 
