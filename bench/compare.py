@@ -102,6 +102,28 @@ for _ in range(args.rounds):
         for case, rate in measure().items():
             figures.setdefault(name, {}).setdefault(case, []).append(rate)
 
+def bytes_per_token():
+    """Of the matrices that a token of a DeepSeek-V3 model goes through, as shoal stores them: 32 numbers and a scale."""
+    config = json.loads((args.model / "config.json").read_text())
+    hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    attention = config["q_lora_rank"] * (hidden + heads * (nope + rope)) + hidden * (latent + rope)
+    attention += heads * (latent * (nope + value) + value * hidden)
+    experts = config["num_experts_per_tok"] + config["n_shared_experts"]
+    dense = config["first_k_dense_replace"]
+    feed_forward = 3 * hidden * dense * config["intermediate_size"]
+    feed_forward += 3 * hidden * (config["num_hidden_layers"] - dense) * experts * config["moe_intermediate_size"]
+    per_number = {"q8": 34 / 32, "q4": 18 / 32}
+    matrices = config["num_hidden_layers"] * attention + feed_forward
+    return matrices * per_number[args.weights] + config["vocab_size"] * hidden * per_number["q8"]
+
+
+def read_rate():
+    """Bytes a second that all cores read together."""
+    lines = map(json.loads, run([args.shoal, "bench", "--kernels", "--json"]).splitlines())
+    return max(line["value"] for line in lines if line["kernel"] == "read") * 1e9
+
+
 print(f"{args.weights}, router and {args.experts} expert processes, medians of {args.rounds} rounds, tokens/s (spread)")
 ours = figures["shoal"]
 for name, cases in figures.items():
@@ -111,3 +133,6 @@ for name, cases in figures.items():
         if name != "shoal":
             line += f"  shoal is {statistics.median(ours[case]) / median:.2f} x"
         print(line)
+
+share = bytes_per_token() * statistics.median(ours["decode 1"]) / read_rate()
+print(f"decode 1 of shoal reads {bytes_per_token() / 1e6:.0f} MB a token: {share:.0%} of what all cores read")

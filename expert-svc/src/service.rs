@@ -131,10 +131,13 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
                     let incoming = UnixListenerStream::new(socket.listener);
                     router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
                 }
-                None => Ok(stop.cancelled().await),
+                None => {
+                    stop.cancelled().await;
+                    Ok(())
+                }
             }
         };
-        async { tokio::try_join!(over_tcp, on_this_host).map(|((), ())| ()) }
+        Box::pin(async { tokio::try_join!(over_tcp, on_this_host).map(|((), ())| ()) })
     };
     // What serves holds it, and it holds the streams' queue: the compute threads end when nobody does.
     drop(api);

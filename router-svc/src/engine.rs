@@ -1,5 +1,5 @@
-//! The engine: one thread that owns model, cache and scheduler, and steps many sequences together. It never does I/O;
-//! commands come in through a channel, tokens go out through one for each sequence.
+//! The engine: one thread that owns model, cache and scheduler, and steps many sequences together. Commands come in through
+//! a channel, tokens go out through one for each sequence. Whatever it waits for, the links' event loop runs meanwhile.
 
 use std::{
     collections::BTreeMap,
