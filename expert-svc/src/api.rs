@@ -32,9 +32,11 @@ impl Expert for Api {
         &self,
         request: Request<Streaming<v1::Frame>>,
     ) -> Result<Response<Self::DispatchStream>, Status> {
-        let router = request.remote_addr();
+        // A Unix socket has no address.
+        let router =
+            request.remote_addr().map_or_else(|| "of this host".to_owned(), |address| address.to_string());
         let replies = self.streams.open(request.into_inner())?;
-        tracing::info!(router = ?router, "dispatch stream opened");
+        tracing::info!(router, "dispatch stream opened");
         Ok(Response::new(replies))
     }
 
