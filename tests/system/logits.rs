@@ -253,3 +253,15 @@ async fn rows_beyond_the_grid_have_the_same_bits_everywhere() {
     generate(router, &[70, OUTLIER, OUTLIER, 72], 1).await.expect("the router answers");
     assert_eq!(pairs().await - before, 2 * 4 + 2 * 2, "two experts a row; those of two rows asked twice");
 }
+
+#[tokio::test]
+async fn servers_of_this_host_are_called_through_unix_sockets() {
+    for (flag, transport) in [("true", "unix"), ("false", "tcp")] {
+        let builder = Cluster::builder(&minnow()).router_args(&["--unix-sockets", flag]);
+        let cluster = builder.without_gateway().start().await;
+        generate(cluster.router.router(), &[3, 4, 5], 4).await.expect("the router answers");
+        let servers = cluster.router_status().await.servers;
+        let transports: Vec<_> = servers.iter().map(|server| server.transport.as_str()).collect();
+        assert!(!transports.is_empty() && transports.iter().all(|it| *it == transport), "{transports:?}");
+    }
+}
