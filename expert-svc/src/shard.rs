@@ -32,9 +32,10 @@ impl Shard {
         let mut sums = Sums::new(frame);
         for work in batches(&work) {
             let (groups, experts): (Vec<_>, Vec<_>) = work.iter().copied().unzip();
-            let gathered = threads::map(groups.len(), |at| {
-                gather(groups[at], &frame.assignments, &rows, self.hidden_size()) // [members, hidden]
-            });
+            let n_gathered =
+                groups.iter().map(|group| group.members.len()).sum::<usize>() * self.hidden_size();
+            let gather = |at| gather(groups[at], &frame.assignments, &rows, self.hidden_size()); // [members, hidden]
+            let gathered = threads::share(n_gathered, || threads::map(groups.len(), gather));
             let gathered: Vec<_> = experts.into_iter().zip(gathered.iter().map(Vec::as_slice)).collect();
             sums.add(&groups, &Expert::forward(&gathered))?;
         }

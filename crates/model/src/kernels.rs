@@ -5,9 +5,12 @@
 //! Each kernel is written once ([`generic`]) and compiled for each instruction set: the twins cannot drift apart. The
 //! only module with `unsafe`, for the calls into code that needs a detected instruction set.
 
+mod attend;
 mod columns;
 mod cores;
 mod generic;
+mod lanes;
+mod matmul;
 pub(crate) mod packed;
 pub mod threads;
 
@@ -17,8 +20,10 @@ use half::bf16;
 
 use crate::Error;
 
+pub(crate) use attend::{Attended, HEADS_MAX, attend};
 pub(crate) use columns::Columns;
-pub(crate) use generic::{Attended, HEADS_MAX, layer_norm, sigmoid};
+pub(crate) use generic::{layer_norm, sigmoid};
+pub(crate) use matmul::{Weight, matmul};
 
 /// Multiply-adds below which products are not worth a second thread: some 20 µs of one core.
 const PARALLEL_FROM: usize = 1 << 18;
@@ -28,26 +33,6 @@ const TASKS_PER_THREAD: usize = 16;
 
 /// Outputs that are never cut apart.
 const UNIT: usize = packed::OUTPUTS;
-
-/// A stored number, read as f32 exactly.
-pub(crate) trait Weight: Copy + Send + Sync + 'static {
-    fn to_f32(self) -> f32;
-}
-
-impl Weight for f32 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self
-    }
-}
-
-impl Weight for bf16 {
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        // Written out: `half`'s own conversion branches on NaN.
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
 
 static ISA: OnceLock<Isa> = OnceLock::new();
 
@@ -180,44 +165,9 @@ macro_rules! dispatch {
             }
         }
     };
-    ($(#[$doc:meta])* $visibility:vis fn $name:ident<W>($($arg:ident: $type:ty),*) $(-> $result:ty)?) => {
-        $(#[$doc])*
-        $visibility fn $name<W: Weight>(isa: Isa, $($arg: $type),*) $(-> $result)? {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2<W: Weight>($($arg: $type),*) $(-> $result)? {
-                generic::$name($($arg),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-            fn avx512<W: Weight>($($arg: $type),*) $(-> $result)? {
-                generic::$name($($arg),*)
-            }
-            match isa {
-                Isa::Baseline => generic::$name($($arg),*),
-                #[cfg(target_arch = "x86_64")]
-                #[expect(unsafe_code, reason = "sound: `Isa::Avx2` is made by `Isa::detect` alone")]
-                Isa::Avx2 => unsafe { avx2($($arg),*) },
-                #[cfg(target_arch = "x86_64")]
-                #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
-                Isa::Avx512 => unsafe { avx512($($arg),*) },
-                #[cfg(target_arch = "aarch64")]
-                Isa::Neon => generic::$name($($arg),*),
-            }
-        }
-    };
 }
 
 pub(crate) mod limits;
-
-dispatch! {
-    /// `x` `[rows, width]` times `w` `[outputs, width]` transposed → `y` `[rows, outputs]`.
-    fn matmul<W>(x: &[f32], w: &[W], width: usize, y: &mut [f32])
-}
-dispatch! {
-    /// Scalar products of `x` with each row of `w` `[rows, x.len()]`.
-    pub(crate) fn dot<W>(x: &[f32], w: &[W]) -> f32
-}
 
 dispatch! {
     /// SwiGLU: `gate = gate * sigmoid(gate) * up`.
@@ -245,11 +195,6 @@ dispatch! {
     /// `sum += Σ weights[row] · max(products[row], 0)`
     fn add_positive(products: &[[f32; packed::OUTPUTS]], weights: &[f32], sum: &mut [f32; packed::OUTPUTS])
 }
-dispatch! {
-    /// One row's heads over some positions; see [`Attended`].
-    pub(crate) fn attend(q: &[f32], rows: &[&[f32]], scale: f32, attended: &mut Attended<'_>)
-}
-
 /// Rows `[rows, width]` and a matrix `[outputs, width]` that they are multiplied with.
 pub(crate) struct Product<'a> {
     pub(crate) rows: &'a [f32],

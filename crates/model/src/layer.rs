@@ -71,7 +71,7 @@ impl Layer {
     /// same bits.
     pub fn attend(&self, hidden: &mut [f32], spans: &[Span<'_>], pages: &mut Pages) {
         let normed = rms_norm(hidden, &self.input_layernorm, self.rms_norm_eps);
-        let output = self.attention.apply(&normed, spans, self.id.index(), pages);
+        let output = threads::series(|| self.attention.apply(&normed, spans, self.id.index(), pages));
         hidden.iter_mut().zip(output).for_each(|(hidden, output)| *hidden += output);
     }
 
@@ -158,12 +158,18 @@ impl Mlp {
 
     /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down.
     pub(crate) fn apply_list(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
+        threads::series(|| Self::apply_in_series(list))
+    }
+
+    fn apply_in_series(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
         let inputs: Vec<Input<'_>> = list.iter().map(|(_, rows)| Input::new(rows)).collect();
         let mlps = list.iter().map(|(mlp, _)| *mlp);
         let both = mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [(&mlp.gate_proj, x), (&mlp.up_proj, x)]);
         let mut gated = Linear::apply_list(&both.collect::<Vec<_>>());
+        let n_gated = gated.iter().map(Vec::len).sum();
         let (pairs, _) = gated.as_chunks_mut::<2>();
-        threads::for_each(pairs.iter_mut().collect(), |[gate, up]| silu_mul(gate, up));
+        let pairs = pairs.iter_mut().collect();
+        threads::share(n_gated, || threads::for_each(pairs, |[gate, up]| silu_mul(gate, up)));
         let gated: Vec<Input<'_>> = gated.iter().step_by(2).map(|gate| Input::new(gate)).collect();
         let down = mlps.zip(&gated).map(|(mlp, gated)| (&mlp.down_proj, gated));
         Linear::apply_list(&down.collect::<Vec<_>>())

@@ -7,7 +7,7 @@ use half::bf16;
 use crate::{
     Bits, Error,
     checkpoint::memory::Memory,
-    kernels::{Attended, HEADS_MAX, Matrix, Product, attend, limits, packed, products, threads},
+    kernels::{Attended, HEADS_MAX, Isa, Matrix, Product, attend, limits, packed, products, threads},
     tune::FILL,
 };
 
@@ -120,7 +120,7 @@ fn attention(rate: &dyn Fn(f64, &dyn Fn()) -> f64, limit: f64) -> Figure {
     let value = rate(work as f64, &|| {
         threads::run(TASKS, &|_| {
             let mut sums = vec![0.0; HEADS_MAX * LATENT];
-            attend(&q, &rows, 1.0, &mut Attended::new(&mut sums, LATENT));
+            attend(Isa::detect(), &q, &rows, 1.0, &mut Attended::new(&mut sums, LATENT));
             black_box(sums);
         });
     });

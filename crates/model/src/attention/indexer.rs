@@ -8,7 +8,7 @@ use crate::{
     Error, ModelConfig,
     checkpoint::Checkpoint,
     config,
-    kernels::{Isa, dot, layer_norm, packed, threads},
+    kernels::{Isa, layer_norm, matmul, packed, threads},
     pages::IndexKeys,
     storage::{Input, Linear},
 };
@@ -126,10 +126,12 @@ impl Indexer {
             IndexKeys::Rows(keys) => {
                 let isa = Isa::detect();
                 threads::for_each(parts, |(part, scores): (usize, &mut [f32])| {
+                    let mut products = vec![0.0; weights.len()];
                     for (score, position) in scores.iter_mut().zip(part * share..) {
                         let key = keys.get(pages, position);
-                        let heads = q.chunks_exact(head_dim).zip(weights);
-                        *score = heads.map(|(q, weight)| weight * (dot(isa, q, key) * scale).max(0.0)).sum();
+                        matmul(isa, q, key, head_dim, &mut products); // [heads]
+                        let heads = products.iter().zip(weights);
+                        *score = heads.map(|(product, weight)| weight * (product * scale).max(0.0)).sum();
                     }
                 });
             }

@@ -8,7 +8,7 @@ use super::indexer::Indexer;
 use crate::{
     Error, ModelConfig, Pages, Span,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
-    kernels::{Attended, Columns, HEADS_MAX, attend, packed::Bits, rms_norm, threads},
+    kernels::{Attended, Columns, HEADS_MAX, Isa, attend, packed::Bits, rms_norm, threads},
     pages::{IndexKeys, Rows},
     rope::{Angles, Rotary},
     storage::{Input, Linear, add_bias},
@@ -20,8 +20,12 @@ const INNER_NORM_EPS: f32 = 1e-6;
 /// Rows of the batch that one task attends at most: enough that a head's matrices are read a few times a batch.
 const TASK_ROWS: usize = 32;
 
-/// How many tasks there should be for each thread.
-const TASKS_PER_THREAD: usize = 3;
+/// How many tasks there should be for each thread: one where what they read is more than a core keeps near.
+const TASKS_PER_THREAD: usize = 2;
+const POSITIONS_NEAR: usize = 1024;
+
+/// Heads that are not worth a task.
+const TASK_HEADS: usize = 4;
 
 pub(crate) struct Attention {
     query: Query,
@@ -157,6 +161,7 @@ impl Attention {
         let selected = threads::map(readers.len(), |row| {
             self.indexer.as_ref()?.select(index_queries.as_ref()?, row, &readers[row], index_keys)
         });
+        let n_read = readers.iter().map(|reader| reader.position + 1).max().unwrap_or_default();
         let read = |row: usize| -> Vec<&[f32]> {
             let Reader { position, pages, .. } = &readers[row];
             match &selected[row] {
@@ -164,22 +169,24 @@ impl Attention {
                 None => (0..=*position).map(|s| latents.get(pages, s)).collect(),
             }
         };
-        self.o_proj.apply(&self.attend(&q, readers.len(), &read), self.o_bias.as_deref())
+        self.o_proj.apply(&self.attend(&q, readers.len(), n_read, &read), self.o_bias.as_deref())
     }
 
     /// `q` `[rows, heads, nope + rope]` → `[rows, heads × v]`. A task takes a few rows and heads from their queries to
-    /// their outputs; `read` gives the latents that a row reads.
+    /// their outputs; `read` gives the latents that a row reads, at most `n_read`.
     fn attend<'a>(
         &self,
         q: &[f32],
         n_rows: usize,
+        n_read: usize,
         read: &(dyn Fn(usize) -> Vec<&'a [f32]> + Sync),
     ) -> Vec<f32> {
         let Sizes { heads, v, .. } = self.sizes;
         let mut outputs = vec![0.0; n_rows * heads * v];
-        let wanted = threads::count() * TASKS_PER_THREAD;
+        let per_thread = if n_read > POSITIONS_NEAR { 1 } else { TASKS_PER_THREAD };
+        let wanted = threads::count() * per_thread;
         let task_rows = (n_rows * heads / HEADS_MAX / wanted).clamp(1, TASK_ROWS);
-        let task_heads = (n_rows.div_ceil(task_rows) * heads / wanted).clamp(1, HEADS_MAX);
+        let task_heads = (n_rows.div_ceil(task_rows) * heads).div_ceil(wanted).clamp(TASK_HEADS, HEADS_MAX);
         let mut tasks = Vec::new();
         for (block, outputs) in outputs.chunks_mut(task_rows * heads * v).enumerate() {
             let first = block * task_rows;
@@ -213,12 +220,13 @@ impl Attention {
                 absorbed[latent..].copy_from_slice(&of_head(row)[nope..]);
             }
         }
+        let isa = Isa::detect();
         let mut means = vec![0.0; n_rows * n_heads * latent]; // [rows, heads, latent]
         let of_rows =
             absorbed.chunks_exact(n_heads * (latent + rope)).zip(means.chunks_exact_mut(n_heads * latent));
         for (row, (absorbed, means)) in rows.zip(of_rows) {
             let mut attended = Attended::new(means, latent);
-            attend(absorbed, &read(row), softmax_scale, &mut attended);
+            attend(isa, absorbed, &read(row), softmax_scale, &mut attended);
             attended.finish();
         }
         for (at, head) in of_heads.enumerate() {

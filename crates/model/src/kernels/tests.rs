@@ -9,7 +9,7 @@ pub(super) fn bits(values: &[f32]) -> Vec<u32> {
 proptest! {
     #[test]
     fn products_have_the_same_bits_everywhere(
-        (width, x, w) in (1_usize..70, 1_usize..6, 1_usize..6).prop_flat_map(|(width, rows, outputs)| {
+        (width, x, w) in (1_usize..70, 1_usize..18, 1_usize..10).prop_flat_map(|(width, rows, outputs)| {
             let values = |n: usize| proptest::collection::vec(-8.0_f32..8.0, n * width);
             (Just(width), values(rows), values(outputs))
         })
@@ -29,8 +29,49 @@ proptest! {
             let n_outputs = w.len() / width;
             for (at, wanted) in wanted.iter().enumerate() {
                 let (row, output) = (at / n_outputs, at % n_outputs);
-                let alone = dot(isa, &x[row * width..][..width], &w[output * width..][..width]);
+                let mut alone = 0.0;
+                let (x, w) = (&x[row * width..][..width], &w[output * width..][..width]);
+                matmul(isa, x, w, width, std::slice::from_mut(&mut alone));
                 prop_assert_eq!(alone.to_bits(), wanted.to_bits());
+            }
+        }
+    }
+}
+
+/// What [`attend`] sums, in f64 and without tiles.
+fn attended(q: &[f32], rows: &[&[f32]], scale: f32, width: usize) -> Vec<f64> {
+    let dot = |row: &[f32]| q.iter().zip(row).map(|(q, x)| f64::from(*q) * f64::from(*x)).sum::<f64>();
+    let scores: Vec<f64> = rows.iter().map(|row| dot(row) * f64::from(scale)).collect();
+    let highest = scores.iter().copied().fold(f64::MIN, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - highest).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let mean =
+        |at: usize| rows.iter().zip(&weights).map(|(row, weight)| weight * f64::from(row[at])).sum::<f64>();
+    (0..width).map(|at| mean(at) / total).collect()
+}
+
+proptest! {
+    #[test]
+    fn heads_read_the_same_everywhere_and_alone(
+        (row, width, q, rows) in (1_usize..90, 1_usize..20, 1_usize..120).prop_flat_map(|(row, heads, n_rows)| {
+            let values = |n: usize| proptest::collection::vec(-2.0_f32..2.0, n * row);
+            (Just(row), 1..=row, values(heads.min(HEADS_MAX)), values(n_rows))
+        })
+    ) {
+        let rows: Vec<&[f32]> = rows.chunks_exact(row).collect();
+        let read = |isa, q: &[f32]| {
+            let mut means = vec![0.0; q.len() / row * width];
+            let mut attended = Attended::new(&mut means, width);
+            attend(isa, q, &rows, 0.3, &mut attended);
+            attended.finish();
+            means
+        };
+        for isa in Isa::all() {
+            for (q, means) in q.chunks_exact(row).zip(read(isa, &q).chunks_exact(width)) {
+                prop_assert_eq!(bits(means), bits(&read(Isa::Baseline, q)));
+                for (mean, wanted) in means.iter().zip(attended(q, &rows, 0.3, width)) {
+                    prop_assert!((f64::from(*mean) - wanted).abs() < 2e-5, "{mean}, wanted {wanted}");
+                }
             }
         }
     }
