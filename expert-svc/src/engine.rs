@@ -8,7 +8,10 @@
 use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError, TryLockError,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -28,9 +31,14 @@ use crate::{
 /// not read.
 pub(crate) const FRAMES_QUEUED_MAX: usize = 64;
 
-/// (row, expert) pairs of a frame that may be computed where it was read: milliseconds, in which that thread reads nothing
-/// else.
-pub(crate) const SHORT_PAIRS_MAX: usize = 64;
+/// Weights that a frame may read where it was received: some milliseconds, in which that thread, and whatever else of this
+/// process waits for it, does nothing else. What takes longer gains little from not being handed over.
+const SHORT_BYTES_MAX: u64 = 128 << 20;
+
+/// (row, expert) pairs of a frame that may be computed where it was read, each with other weights.
+pub(crate) fn short_pairs_max(expert_bytes: u64) -> usize {
+    usize::try_from(SHORT_BYTES_MAX / expert_bytes.max(1)).unwrap_or(usize::MAX).min(64)
+}
 
 pub(crate) type Compute = dyn Fn(&Frame) -> Result<Combined, Error> + Send + Sync;
 pub(crate) type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -69,6 +77,8 @@ struct Core {
     short_pairs_max: usize,
     /// Held by whoever computes.
     seat: Mutex<()>,
+    /// Frames that were put into the queue and have not yet the seat.
+    waiting: AtomicUsize,
 }
 
 impl Engine {
@@ -82,13 +92,21 @@ impl Engine {
     ) -> io::Result<Self> {
         let (sender, mut jobs) = mpsc::channel::<Job>(FRAMES_QUEUED_MAX);
         let (ending, ended) = oneshot::channel();
-        let core =
-            Arc::new(Core { threads, compute, clock, observers, short_pairs_max, seat: Mutex::new(()) });
+        let core = Arc::new(Core {
+            threads,
+            compute,
+            clock,
+            observers,
+            short_pairs_max,
+            seat: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+        });
         let queue = Queue { jobs: sender, core: Arc::clone(&core) };
         // This thread computes too, and what is too small to share is computed without another one being woken.
         let serve = move || {
             while let Some(job) = jobs.blocking_recv() {
                 let _seat = core.seat.lock().unwrap_or_else(PoisonError::into_inner);
+                core.waiting.fetch_sub(1, Ordering::Relaxed);
                 core.run(job);
             }
             drop(ending);
@@ -112,19 +130,31 @@ impl Engine {
 impl Queue {
     /// Has `job` answered, at once or later; gives it back when the compute threads have ended.
     pub(crate) async fn put(&self, job: Job) -> Result<(), Job> {
-        let is_short = job.frame.assignments.len() <= self.core.short_pairs_max;
-        if is_short
-            && self.nobody_waits()
-            && let Ok(_seat) = self.core.seat.try_lock()
-        {
-            self.core.run(job);
+        let Some(job) = self.run_here(job) else {
+            // Its reply leaves before this thread takes another frame.
+            tokio::task::yield_now().await;
             return Ok(());
-        }
-        self.jobs.send(job).await.map_err(|mpsc::error::SendError(job)| job)
+        };
+        self.core.waiting.fetch_add(1, Ordering::Relaxed);
+        self.jobs.send(job).await.map_err(|mpsc::error::SendError(job)| {
+            self.core.waiting.fetch_sub(1, Ordering::Relaxed);
+            job
+        })
     }
 
-    fn nobody_waits(&self) -> bool {
-        self.jobs.capacity() == self.jobs.max_capacity()
+    /// Computes it now, if it is short and nobody is before it; gives it back if not.
+    fn run_here(&self, job: Job) -> Option<Job> {
+        let Core { seat, waiting, short_pairs_max, .. } = &*self.core;
+        if job.frame.assignments.len() > *short_pairs_max || waiting.load(Ordering::Relaxed) > 0 {
+            return Some(job);
+        }
+        let _seat = match seat.try_lock() {
+            Ok(seat) => seat,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Some(job),
+        };
+        self.core.run(job);
+        None
     }
 }
 

@@ -17,7 +17,7 @@ use model::{
 use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     service::Routes,
@@ -29,7 +29,7 @@ use crate::{
     Args,
     api::Api,
     counters::Counters,
-    engine::{Clock, Engine, SHORT_PAIRS_MAX},
+    engine::{Clock, Engine, short_pairs_max},
     lifecycle::Lifecycle,
     memory,
     observe::{self, Observers},
@@ -88,7 +88,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     };
     let observers = Observers::new(&process.metrics, process.tracer.clone());
     // Whoever sleeps on purpose does it on a thread of its own.
-    let short_pairs_max = if delay.is_some() { 0 } else { SHORT_PAIRS_MAX };
+    let short_pairs_max = if delay.is_some() { 0 } else { short_pairs_max(shard.expert_bytes()) };
     let engine = Engine::start(threads, Box::new(compute), system_clock(), observers, short_pairs_max)
         .context("cannot start the compute threads")?;
     let counters = Arc::new(Counters::default());
@@ -128,7 +128,11 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         let on_this_host = async move {
             match unix_socket {
                 Some(socket) => {
-                    let incoming = UnixListenerStream::new(socket.listener);
+                    // Abstract names have no permissions: who calls shows in the connection.
+                    let incoming = UnixListenerStream::new(socket.listener).filter(|stream| match stream {
+                        Ok(stream) => stream.peer_cred().is_ok_and(|peer| cluster::is_of_us(peer.uid())),
+                        Err(_) => true,
+                    });
                     router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
                 }
                 None => {
@@ -264,10 +268,8 @@ fn system_clock() -> Clock {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpStream;
-    use tokio_stream::StreamExt as _;
-
     use super::*;
+    use tokio::net::TcpStream;
 
     #[tokio::test]
     async fn accepted_sockets_do_not_delay() {

@@ -192,17 +192,40 @@ impl Rows {
                 values.fold(true, all)
             }
             Dtype::Bf16 => self.halves().fold(true, all),
-            // Not the scales alone: times 127 they may be beyond f32.
-            Dtype::Int8 => self.int8_rows().fold(true, |all, (scale, _)| all & (scale * 127.0).is_finite()),
+            Dtype::Int8 => return self.check_int8(),
         };
         if finite {
             return Ok(());
         }
         let at = self.to_f32().iter().position(|value| !value.is_finite()).unwrap_or_default();
-        let message =
-            format!("rows.data is not finite at row {}, column {}", at / self.width, at % self.width);
-        Err(Error::new(crate::Code::InvalidArgument, "not_finite", message).with_param("rows.data"))
+        Err(not_finite(format!(
+            "rows.data is not finite at row {}, column {}",
+            at / self.width,
+            at % self.width
+        )))
     }
+
+    /// Scales that are finite times 127, the largest number that there may be.
+    fn check_int8(&self) -> Result<(), Error> {
+        for (row, (scale, numbers)) in self.int8_rows().enumerate() {
+            if !(scale * 127.0).is_finite() {
+                return Err(not_finite(format!(
+                    "rows.data is not finite at row {row}: its scale is {scale:e}"
+                )));
+            }
+            // All of them first, which is faster than looking for one.
+            if numbers.iter().fold(false, |any, number| any | (*number == 0x80)) {
+                let column = numbers.iter().position(|number| *number == 0x80).unwrap_or_default();
+                let message = format!("rows.data has -128 at row {row}, column {column}: -127 is the least");
+                return Err(Error::invalid("rows.data", message));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn not_finite(message: String) -> Error {
+    Error::new(crate::Code::InvalidArgument, "not_finite", message).with_param("rows.data")
 }
 
 /// Scale and numbers of one row. Maximum and rounding are on integers, which compilers make vectors of: magnitudes are
@@ -270,7 +293,10 @@ mod tests {
         assert_eq!(values[..4], [0.0, 0.0, 127.0, -127.0]);
         assert!(values[4..6].iter().all(|value| value.abs() <= 1e-44));
         assert!(values[6..].iter().all(|value| value.is_nan()));
-        assert_eq!(rows.check_finite().unwrap_err().message, "rows.data is not finite at row 3, column 0");
+        assert_eq!(
+            rows.check_finite().unwrap_err().message,
+            "rows.data is not finite at row 3: its scale is NaN"
+        );
         assert_eq!(Rows::from_wire(rows.clone().into_wire()).unwrap(), rows);
     }
 
@@ -279,7 +305,13 @@ mod tests {
         let mut wire = Rows::encode(Dtype::Int8, 2, &[1.0, 0.5]).into_wire();
         wire.data = [&f32::MAX.to_le_bytes()[..], &[127, 1]].concat().into();
         let error = Rows::from_wire(wire).unwrap().check_finite().unwrap_err();
-        assert_eq!(error.message, "rows.data is not finite at row 0, column 0");
+        assert_eq!(error.message, "rows.data is not finite at row 0: its scale is 3.4028235e38");
+        // The only number that 127 times a scale does not bound.
+        let mut wire = Rows::encode(Dtype::Int8, 2, &[1.0, 0.5, 1.0, 0.5]).into_wire();
+        wire.data =
+            [&1.0_f32.to_le_bytes()[..], &[127, 1], &1.0_f32.to_le_bytes(), &[1, 0x80]].concat().into();
+        let error = Rows::from_wire(wire).unwrap().check_finite().unwrap_err();
+        assert_eq!(error.message, "rows.data has -128 at row 1, column 1: -127 is the least");
     }
 
     #[test]

@@ -1,11 +1,18 @@
 //! How an expert server is called: at its address, or through a Unix socket when it is on this host.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    time::Duration,
+};
+
+use hyper_util::rt::TokioIo;
 
 use proto::{
     Code, Error,
     v1::{self, expert_client::ExpertClient},
 };
+use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,25 +37,54 @@ impl Transport {
 }
 
 pub(crate) async fn tcp(address: &str) -> Result<ExpertClient<Channel>, Error> {
-    connect(format!("http://{address}")).await
+    client(endpoint(address)?.connect().await)
 }
 
-/// `name` is an abstract one.
-pub(crate) async fn unix(name: &str) -> Result<ExpertClient<Channel>, Error> {
-    connect(format!("unix:\0{name}")).await
+/// `name` is an abstract one, of a server that was called at `address` before.
+pub(crate) async fn unix(name: &str, address: &str) -> Result<ExpertClient<Channel>, Error> {
+    let name = name.to_owned();
+    let connect = move |_| {
+        let name = name.clone();
+        async move { unix_stream(&name).map(TokioIo::new) }
+    };
+    client(endpoint(address)?.connect_with_connector(tower::service_fn(connect)).await)
 }
 
-async fn connect(to: String) -> Result<ExpertClient<Channel>, Error> {
-    let endpoint = Endpoint::from_shared(to.clone())
-        .map_err(|error| Error::invalid("registry", format!("{to} is not an address: {error}")))?
+/// Whoever is of this user, or root, may answer: abstract names belong to whoever takes them first.
+#[cfg(target_os = "linux")]
+fn unix_stream(name: &str) -> io::Result<UnixStream> {
+    use std::os::linux::net::SocketAddrExt as _;
+    let name = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+    let stream = std::os::unix::net::UnixStream::connect_addr(&name)?;
+    stream.set_nonblocking(true)?;
+    let stream = UnixStream::from_std(stream)?;
+    if cluster::is_of_us(stream.peer_cred()?.uid()) {
+        Ok(stream)
+    } else {
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user listens there"))
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn unix_stream(_name: &str) -> io::Result<UnixStream> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|error| Error::invalid("registry", format!("{address} is not an address: {error}")))?;
+    Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await.map_err(|error| {
+        .keep_alive_while_idle(true))
+}
+
+fn client(channel: Result<Channel, tonic::transport::Error>) -> Result<ExpertClient<Channel>, Error> {
+    let channel = channel.map_err(|error| {
         Error::new(Code::Unavailable, "connect_failed", format!("cannot connect: {}", innermost(&error)))
     })?;
     Ok(ExpertClient::new(channel)
@@ -56,13 +92,19 @@ async fn connect(to: String) -> Result<ExpertClient<Channel>, Error> {
         .max_encoding_message_size(proto::MESSAGE_BYTES_MAX))
 }
 
-/// The Unix socket of the server that answered at `address`, if it was itself who did: what lies between on purpose, a
-/// proxy, stays in between.
+/// The Unix socket of the server that answered at `address`, if it was itself who did, on this host: what lies between on
+/// purpose, a proxy, stays in between, and whoever here takes the name of a server elsewhere is not called.
 pub(crate) fn unix_socket_of<'a>(status: &'a v1::ExpertStatus, address: &str) -> Option<&'a str> {
     let bound: SocketAddr = status.listen.parse().ok()?;
     let dialed: SocketAddr = address.parse().ok()?;
     let itself = dialed.port() == bound.port() && (bound.ip() == dialed.ip() || bound.ip().is_unspecified());
-    (itself && !status.unix_socket.is_empty()).then_some(&status.unix_socket)
+    let has_one = !status.unix_socket.is_empty();
+    (itself && has_one && is_of_this_host(dialed.ip())).then_some(&status.unix_socket)
+}
+
+/// Only to addresses of its own does a host bind.
+fn is_of_this_host(ip: IpAddr) -> bool {
+    UdpSocket::bind((ip, 0)).is_ok()
 }
 
 /// The last error of a chain: what the system said.
@@ -90,7 +132,10 @@ mod tests {
     #[test]
     fn a_unix_socket_is_of_who_answered_at_the_address() {
         check("127.0.0.1:7001", "it", "127.0.0.1:7001", Some("it"));
-        check("0.0.0.0:7001", "it", "10.0.0.5:7001", Some("it"));
+        check("0.0.0.0:7001", "it", "127.0.0.1:7001", Some("it"));
+        // An address for documentation: never of this host.
+        check("0.0.0.0:7001", "it", "192.0.2.5:7001", None);
+        check("192.0.2.5:7001", "it", "192.0.2.5:7001", None);
         check("127.0.0.1:7001", "it", "127.0.0.1:7002", None);
         check("10.0.0.5:7001", "it", "10.0.0.6:7001", None);
         check("127.0.0.1:7001", "it", "host:7001", None);

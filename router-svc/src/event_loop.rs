@@ -1,6 +1,6 @@
 //! The event loop of the links. The engine's thread runs it while it waits for them: a frame leaves and its reply comes in
-//! without another thread being woken. While the engine computes for long, a caretaker runs it instead, so that pings are
-//! answered and servers join; it leaves when the engine comes back.
+//! without another thread being woken. While the engine computes for long, or when it says that there is much to send, a
+//! caretaker runs it instead, so that pings are answered and servers join; it leaves when the engine comes back.
 
 use std::{
     future::Future,
@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use tokio::{
     runtime::{Builder, Handle, Runtime},
     sync::Notify,
@@ -31,12 +32,15 @@ pub(crate) struct EventLoop {
 
 #[derive(Debug)]
 struct Shared {
-    runtime: Runtime,
+    /// Until it is dropped.
+    runtime: Option<Runtime>,
     /// The engine's thread runs the loop now.
     attended: AtomicBool,
     /// How often it has.
     visits: AtomicU64,
     caretaker_sleeps: AtomicBool,
+    /// The engine has left the loop to the caretaker.
+    handed_over: AtomicBool,
     /// The caretaker runs the loop, until it is told that somebody else wants to.
     cared_for: AtomicBool,
     wanted: Notify,
@@ -46,10 +50,11 @@ struct Shared {
 impl EventLoop {
     pub(crate) fn start() -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            runtime: Builder::new_current_thread().enable_all().build()?,
+            runtime: Some(Builder::new_current_thread().enable_all().build()?),
             attended: AtomicBool::new(false),
             visits: AtomicU64::new(0),
             caretaker_sleeps: AtomicBool::new(false),
+            handed_over: AtomicBool::new(false),
             cared_for: AtomicBool::new(false),
             wanted: Notify::new(),
             stop: AtomicBool::new(false),
@@ -61,7 +66,7 @@ impl EventLoop {
 
     /// What is spawned there runs on this loop.
     pub(crate) fn handle(&self) -> Handle {
-        self.shared.runtime.handle().clone()
+        self.shared.runtime().handle().clone()
     }
 
     /// Runs everything until `awaited` is there.
@@ -71,24 +76,41 @@ impl EventLoop {
         if shared.cared_for.load(Ordering::SeqCst) {
             shared.wanted.notify_one();
         }
-        let outcome = shared.runtime.block_on(awaited);
+        let outcome = shared.runtime().block_on(awaited);
         shared.visits.fetch_add(1, Ordering::Relaxed);
         shared.attended.store(false, Ordering::SeqCst);
-        if shared.caretaker_sleeps.swap(false, Ordering::SeqCst)
-            && let Some(caretaker) = &self.caretaker
-        {
-            caretaker.thread().unpark();
+        if shared.caretaker_sleeps.swap(false, Ordering::SeqCst) {
+            self.wake_caretaker();
         }
         outcome
     }
 
-    /// Runs what can be run now.
+    /// Runs what can be run now: all that was ready before.
     pub(crate) fn turn(&self) {
-        self.run(tokio::task::yield_now());
+        let after_them = self.shared.runtime().spawn(async {});
+        // It cannot fail, and is not aborted while the loop lives.
+        let _done = self.run(after_them);
+    }
+
+    /// Leaves the loop to the caretaker, at once and until the engine comes back: what takes longer than the engine should
+    /// look at it goes on.
+    pub(crate) fn hand_over(&self) {
+        self.shared.handed_over.store(true, Ordering::SeqCst);
+        self.wake_caretaker();
+    }
+
+    fn wake_caretaker(&self) {
+        if let Some(caretaker) = &self.caretaker {
+            caretaker.thread().unpark();
+        }
     }
 }
 
 impl Shared {
+    fn runtime(&self) -> &Runtime {
+        self.runtime.as_ref().unwrap_or_else(|| unreachable!("it is taken when nobody is left to run it"))
+    }
+
     fn care(&self) {
         let mut visits_seen = 0;
         while !self.stop.load(Ordering::SeqCst) {
@@ -100,16 +122,20 @@ impl Shared {
                     thread::park();
                 }
                 self.caretaker_sleeps.store(false, Ordering::SeqCst);
-            } else if visits == visits_seen {
+            } else if self.handed_over.swap(false, Ordering::SeqCst) || visits == visits_seen {
+                // Of a takeover that came to nothing.
+                let _stale = self.wanted.notified().now_or_never();
                 self.cared_for.store(true, Ordering::SeqCst);
                 // Whoever wants it after this says so.
                 if !self.attended.load(Ordering::SeqCst) && !self.stop.load(Ordering::SeqCst) {
-                    self.runtime.block_on(self.wanted.notified());
+                    self.runtime().block_on(self.wanted.notified());
                 }
                 self.cared_for.store(false, Ordering::SeqCst);
             }
-            visits_seen = visits;
-            thread::park_timeout(CARE_INTERVAL);
+            visits_seen = self.visits.load(Ordering::Relaxed);
+            if !self.handed_over.load(Ordering::SeqCst) {
+                thread::park_timeout(CARE_INTERVAL);
+            }
         }
     }
 }
@@ -121,6 +147,10 @@ impl Drop for EventLoop {
         if let Some(caretaker) = self.caretaker.take() {
             caretaker.thread().unpark();
             let _ended = caretaker.join();
+        }
+        // Not waited for: a name that is looked up may take long.
+        if let Some(runtime) = Arc::get_mut(&mut self.shared).and_then(|shared| shared.runtime.take()) {
+            runtime.shutdown_background();
         }
     }
 }
@@ -153,6 +183,48 @@ mod tests {
         event_loop.run(async { tokio::time::sleep(CARE_INTERVAL * 2).await });
         asked.send(4).unwrap();
         assert_eq!(receiver.recv(), Ok(4));
+    }
+
+    #[test]
+    fn a_turn_runs_all_that_was_ready_and_what_that_made_ready() {
+        let event_loop = EventLoop::start().unwrap();
+        let (sender, receiver) = mpsc::channel();
+        // More than the loop runs before it looks elsewhere; each wakes a second one, as a link does its connection.
+        for at in 0..100 {
+            let sender = sender.clone();
+            let (wake, woken) = tokio::sync::oneshot::channel();
+            event_loop.handle().spawn(async move { sender.send(woken.await.unwrap()).unwrap() });
+            event_loop.handle().spawn(async move { wake.send(at).unwrap() });
+        }
+        event_loop.turn();
+        assert_eq!(receiver.try_iter().count(), 100);
+    }
+
+    #[test]
+    fn what_is_handed_over_goes_on_at_once() {
+        let event_loop = EventLoop::start().unwrap();
+        let (sender, receiver) = mpsc::channel();
+        for round in 0..50 {
+            let sender = sender.clone();
+            event_loop.handle().spawn(async move {
+                tokio::time::sleep(Duration::from_micros(10)).await;
+                sender.send(round).unwrap();
+            });
+            event_loop.turn();
+            event_loop.hand_over();
+            assert_eq!(receiver.recv(), Ok(round));
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_looked_up_does_not_keep_it() {
+        let event_loop = EventLoop::start().unwrap();
+        let (done, wait) = mpsc::channel::<()>();
+        event_loop.handle().spawn_blocking(move || wait.recv());
+        event_loop.turn();
+        drop(event_loop);
+        // Only now may the look-up end: had it been waited for, this would not be reached.
+        drop(done);
     }
 
     #[test]

@@ -225,7 +225,7 @@ impl Links {
         let mut transport = Transport::Tcp;
         if self.unix_sockets
             && let Some(name) = dial::unix_socket_of(&status, address)
-            && let Some(through_it) = through_unix_socket(name, &status.instance).await
+            && let Some(through_it) = through_unix_socket(name, address, &status.instance).await
         {
             (client, transport) = (through_it, Transport::Unix);
         }
@@ -391,10 +391,10 @@ async fn ask(client: &mut ExpertClient<Channel>) -> Result<v1::ExpertStatus, Err
     Ok(status.into_inner())
 }
 
-/// A way to `instance` that costs less, where there is one: on another host, or in another network namespace, nobody has
-/// that name.
-async fn through_unix_socket(name: &str, instance: &str) -> Option<ExpertClient<Channel>> {
-    let mut client = dial::unix(name).await.ok()?;
+/// A way to `instance` that costs less, where there is one: in another network namespace, nobody has that name.
+async fn through_unix_socket(name: &str, address: &str, instance: &str) -> Option<ExpertClient<Channel>> {
+    let refused = |error: &Error| tracing::debug!(name, %error, "not through its Unix socket");
+    let mut client = dial::unix(name, address).await.inspect_err(refused).ok()?;
     let status = ask(&mut client).await.ok()?;
     (status.instance == instance).then_some(client)
 }

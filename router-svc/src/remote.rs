@@ -60,6 +60,9 @@ pub(crate) struct Remote {
     dispatch_timeout: Duration,
 }
 
+/// What a socket takes at once, whatever the system's settings are. What is more goes on while the engine computes.
+const SOCKET_BYTES: usize = 64 << 10;
+
 impl Remote {
     pub(crate) fn new(
         event_loop: EventLoop,
@@ -135,9 +138,13 @@ impl Remote {
     ) -> Flight {
         self.hear_late();
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
+        let is_large = orders.iter().any(|order| order.frame.rows.n_bytes() > SOCKET_BYTES);
         self.send(&mut flight, orders);
         // On their way before anything else is computed.
         self.event_loop.turn();
+        if is_large {
+            self.event_loop.hand_over();
+        }
         flight
     }
 

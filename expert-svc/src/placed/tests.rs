@@ -166,7 +166,7 @@ async fn holdings_that_change_under_load_lose_no_frame() {
         Box::new(move |frame: &_| compute.compute(frame)),
         Arc::clone(&clock),
         quiet(),
-        crate::engine::SHORT_PAIRS_MAX,
+        64,
     )
     .unwrap();
     let streams =

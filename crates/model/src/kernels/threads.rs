@@ -11,7 +11,7 @@ use std::{
     num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle, Thread},
@@ -48,6 +48,8 @@ struct Shared {
     n: usize,
     /// Turns of its loop that a helper waits for the next job before it sleeps.
     spins: u32,
+    /// Held by the caller of a job: there is one at a time.
+    calling: Mutex<()>,
     /// True while the caller's next job is near.
     in_series: AtomicBool,
     state: Mutex<State>,
@@ -114,6 +116,7 @@ impl Threads {
         let shared = Arc::new(Shared {
             n: n.get(),
             spins,
+            calling: Mutex::default(),
             in_series: AtomicBool::new(false),
             state: Mutex::default(),
             published: AtomicU64::new(0),
@@ -254,6 +257,12 @@ impl Shared {
     }
 
     fn run(&self, n_tasks: usize, task: &Task<'_>) {
+        let _calling = match self.calling.try_lock() {
+            Ok(calling) => calling,
+            // A job that panicked has ended.
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return (0..n_tasks).for_each(task),
+        };
         #[expect(unsafe_code, reason = "sound: this function returns only when nobody is inside the job")]
         let task = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         let job = Job { task, n_tasks };
@@ -384,6 +393,21 @@ mod tests {
     fn results_keep_their_order_and_a_task_may_have_tasks() {
         let squares = threads(3, 0).install(|| map(100, |at| map(at + 1, |inner| inner * at)[at]));
         assert_eq!(squares, (0..100).map(|at| at * at).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn callers_at_once_do_not_mix_their_jobs() {
+        let threads = threads(2, 0);
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let squares = threads.install(|| map(50, |at| at * at));
+                        assert_eq!(squares, (0..50).map(|at| at * at).collect::<Vec<_>>());
+                    }
+                });
+            }
+        });
     }
 
     #[test]
