@@ -45,7 +45,7 @@ impl Backbone {
             embed_tokens: checkpoint.stored(EMBED_TOKENS, shape)?,
             layers,
             norm: checkpoint.vector("model.norm.weight", config.hidden_size)?,
-            lm_head: match checkpoint.weights().of_attention() {
+            lm_head: match checkpoint.weights().of_backbone() {
                 None => checkpoint.stored(head, shape)?,
                 // What every answer goes through is worth its bytes.
                 Some(_) => checkpoint.quantized(head, shape, Bits::Eight)?,

@@ -215,9 +215,9 @@ impl Checkpoint {
         Ok(mapped)
     }
 
-    /// One matrix `[outputs, width]` of attention as weights are kept.
+    /// One matrix `[outputs, width]` of the backbone as weights are kept.
     pub(crate) fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear, Error> {
-        match self.weights.of_attention() {
+        match self.weights.of_backbone() {
             None => self.stored(name, shape),
             Some(bits) => self.quantized(name, shape, bits),
         }

@@ -49,7 +49,13 @@ impl Layer {
         let feed_forward = if config.moe[id.index()] {
             FeedForward::Routed(Moe::load(checkpoint, &format!("{prefix}.mlp"))?)
         } else {
-            FeedForward::Dense(Mlp::load(checkpoint, &format!("{prefix}.mlp"), config.intermediate_size)?)
+            let bits = checkpoint.weights().of_backbone();
+            FeedForward::Dense(Mlp::load(
+                checkpoint,
+                &format!("{prefix}.mlp"),
+                config.intermediate_size,
+                bits,
+            )?)
         };
         Ok(Self {
             id,
@@ -88,9 +94,9 @@ impl Layer {
 }
 
 impl Mlp {
-    pub(crate) fn load(checkpoint: &Checkpoint, prefix: &str, width: usize) -> Result<Self, Error> {
+    fn load(checkpoint: &Checkpoint, prefix: &str, width: usize, bits: Option<Bits>) -> Result<Self, Error> {
         let hidden_size = checkpoint.config().hidden_size;
-        match checkpoint.weights().of_experts() {
+        match bits {
             None => {
                 let mapped = checkpoint.map(&Self::tensors(prefix, hidden_size, width))?;
                 Self::from_mapped(&mapped, prefix, hidden_size, width)
@@ -180,7 +186,8 @@ impl Moe {
     fn load(checkpoint: &Checkpoint, prefix: &str) -> Result<Self, Error> {
         let config = checkpoint.config();
         let width = config.n_shared_experts * config.moe_intermediate_size;
-        let shared = || Mlp::load(checkpoint, &format!("{prefix}.shared_experts"), width);
+        let bits = checkpoint.weights().of_experts();
+        let shared = || Mlp::load(checkpoint, &format!("{prefix}.shared_experts"), width, bits);
         Ok(Self {
             gate: Gate::load(checkpoint, &format!("{prefix}.gate"))?,
             shared_experts: (width > 0).then(shared).transpose()?,

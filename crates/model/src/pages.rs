@@ -43,7 +43,7 @@ impl Pages {
         };
         let index_keys = || {
             let width = config.indexer.map_or(0, |indexer| indexer.index_head_dim);
-            match backbone.weights().of_attention() {
+            match backbone.weights().of_backbone() {
                 Some(_) if width > 0 => {
                     let bytes = vec![0; n_pages * Bits::Eight.matrix_bytes(page_positions, width)];
                     IndexKeys::Panels { width, page_positions, bytes }
@@ -68,7 +68,7 @@ impl Pages {
     #[must_use]
     pub fn page_bytes(config: &ModelConfig, weights: Weights, page_positions: usize) -> usize {
         let index_width = config.indexer.map_or(0, |indexer| indexer.index_head_dim);
-        let index_bytes = match weights.of_attention() {
+        let index_bytes = match weights.of_backbone() {
             None => page_positions * index_width * size_of::<f32>(),
             Some(_) => Bits::Eight.matrix_bytes(page_positions, index_width),
         };

@@ -258,13 +258,13 @@ fn relative_errors(fixture: &Fixture, sequences: &[Sequence]) -> Vec<f32> {
 /// what is read: with index keys in f32 its q8 error was 0.149.
 #[test]
 fn quantized_weights_stay_near_transformers() {
-    // Just above what is seen.
+    // Just above what is seen; q8-experts is to stay within 3 %.
     const WEIGHTS: [&str; 4] = ["q8", "q4", "q8-experts", "q4-experts"];
     let bounds = BTreeMap::from([
-        ("deepseek-v2", [0.08, 0.87, 0.038, 0.48]),
-        ("deepseek-v2-lite", [0.06, 0.55, 0.027, 0.265]),
-        ("deepseek-v3", [0.075, 0.73, 0.041, 0.38]),
-        ("deepseek-v3.2", [0.185, 0.78, 0.044, 0.45]),
+        ("deepseek-v2", [0.08, 0.87, 0.03, 0.23]),
+        ("deepseek-v2-lite", [0.06, 0.55, 0.03, 0.135]),
+        ("deepseek-v3", [0.075, 0.73, 0.03, 0.185]),
+        ("deepseek-v3.2", [0.185, 0.78, 0.03, 0.2]),
     ]);
     for dir in all(&fixtures()) {
         for (at, weights) in WEIGHTS.into_iter().enumerate() {

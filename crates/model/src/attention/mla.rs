@@ -281,7 +281,7 @@ impl Matrices {
             (name("o_proj"), [hidden, heads * v]),
         ];
         let plain = [others, queries].concat();
-        let (mut matrices, kv_b_proj) = match checkpoint.weights().of_attention() {
+        let (mut matrices, kv_b_proj) = match checkpoint.weights().of_backbone() {
             None => {
                 let load = |(name, shape): &(String, [usize; 2])| checkpoint.stored(name, *shape);
                 let matrix = load(&kv_b)?;

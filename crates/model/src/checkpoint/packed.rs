@@ -40,8 +40,7 @@ pub enum Weights {
     Stored,
     /// Quantized to int8 or int4 in blocks of 32, all but embedding, gate and norms. The head is never less than int8.
     Quantized(Bits),
-    /// The feed-forward networks alone, routed and shared experts and those of dense layers: nearly all the bytes of a
-    /// large model, and the least of what rounding does to it.
+    /// Routed and shared experts alone: nearly all the bytes of a large model, and the least of what rounding does to it.
     Experts(Bits),
 }
 
@@ -64,7 +63,7 @@ impl Weights {
         }
     }
 
-    /// What routed, shared and dense feed-forward networks are quantized to.
+    /// What routed and shared experts are quantized to.
     #[must_use]
     pub const fn of_experts(self) -> Option<Bits> {
         match self {
@@ -73,9 +72,9 @@ impl Weights {
         }
     }
 
-    /// What attention, and with 8 bits at least the head, is quantized to.
+    /// What all else is: attention, dense layers' feed-forward networks and, with 8 bits at least, the head.
     #[must_use]
-    pub const fn of_attention(self) -> Option<Bits> {
+    pub const fn of_backbone(self) -> Option<Bits> {
         match self {
             Self::Stored | Self::Experts(_) => None,
             Self::Quantized(bits) => Some(bits),
