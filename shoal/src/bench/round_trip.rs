@@ -31,8 +31,8 @@ const BYTES: usize = 4096;
 const WARM_UP: usize = 500;
 const ROUNDS: usize = 10_000;
 
-/// Prints the percentiles. The frames have one assignment, so that an expert computes one row of the model: what that
-/// takes is in the table too, as the server says it.
+/// Prints the percentiles. The frames have one assignment, so that an expert computes one row of the model: each time is there
+/// without what the server says that this took, too.
 pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
     let tasks = telemetry::Tasks::new();
     let spec = Spec {
@@ -51,23 +51,24 @@ pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
     let address = format!("http://{}", server.address);
     let over_tcp = measure(address.clone()).await?;
     let status = ExpertClient::new(channel(&address).await?).status(v1::ExpertStatusRequest {}).await?;
-    let mut figures = vec![("dispatch, TCP", over_tcp.away)];
+    let mut figures = vec![("dispatch, TCP", over_tcp.away), ("without computing", over_tcp.travelling)];
     let name = status.into_inner().unix_socket;
     if !name.is_empty() {
-        figures.push(("dispatch, Unix socket", measure(format!("unix:\0{name}")).await?.away));
+        let trips = measure(format!("unix:\0{name}")).await?;
+        figures.extend([("dispatch, Unix socket", trips.away), ("without computing", trips.travelling)]);
     }
     server.stop().await;
     tasks.begin_shutdown();
     let n_bytes = over_tcp.n_bytes;
     let echo = tokio::task::spawn_blocking(move || echo(n_bytes)).await?.context("cannot echo")?;
-    figures.extend([("of it computing", over_tcp.computing), ("raw TCP echo", echo)]);
+    figures.push(("raw TCP echo", echo));
     print(figures, n_bytes, as_json)
 }
 
 struct Trips {
-    /// How long each frame was away, and how long of that it was computed.
+    /// How long each frame was away, and how long of that it was not computed.
     away: Vec<Duration>,
-    computing: Vec<Duration>,
+    travelling: Vec<Duration>,
     /// Of a frame's rows.
     n_bytes: usize,
 }
@@ -85,7 +86,7 @@ async fn trips(url: &str) -> anyhow::Result<Trips> {
     let frame = frame(&status)?;
     let (frames, receiver) = mpsc::channel(1);
     let mut replies = client.dispatch(ReceiverStream::new(receiver)).await?.into_inner();
-    let (mut away, mut computing) = (Vec::with_capacity(ROUNDS), Vec::with_capacity(ROUNDS));
+    let (mut away, mut travelling) = (Vec::with_capacity(ROUNDS), Vec::with_capacity(ROUNDS));
     for round in 0..WARM_UP + ROUNDS {
         let sent = now();
         frames.send(Frame { id: FrameId(round as u64 + 1), ..frame.clone() }.into_wire()).await?;
@@ -94,10 +95,10 @@ async fn trips(url: &str) -> anyhow::Result<Trips> {
         let computed = Reply::from_wire(reply)?.outcome?;
         if round >= WARM_UP {
             away.push(took);
-            computing.push(computed.compute_time);
+            travelling.push(took.saturating_sub(computed.compute_time));
         }
     }
-    Ok(Trips { away, computing, n_bytes: frame.rows.n_bytes() })
+    Ok(Trips { away, travelling, n_bytes: frame.rows.n_bytes() })
 }
 
 /// Rows of [`BYTES`] together, one of them for the first expert held.
