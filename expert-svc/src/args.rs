@@ -19,7 +19,7 @@ pub struct Args {
 
     /// How matrices are kept in memory: bf16 as the checkpoint has them, q8 or q4 quantized to int8 or int4 in blocks of
     /// 32 (not: embedding, gate, norms; the head has int8 at least),
-    /// q8-experts or q4-experts where routed and shared experts alone are
+    /// q8-experts or q4-experts the same for routed and shared experts only
     #[arg(
         long,
         env = "SHOAL_WEIGHTS",

@@ -135,11 +135,10 @@ impl Queue {
             tokio::task::yield_now().await;
             return Ok(());
         };
+        let Ok(place) = self.jobs.reserve().await else { return Err(job) };
         self.core.waiting.fetch_add(1, Ordering::Relaxed);
-        self.jobs.send(job).await.map_err(|mpsc::error::SendError(job)| {
-            self.core.waiting.fetch_sub(1, Ordering::Relaxed);
-            job
-        })
+        place.send(job);
+        Ok(())
     }
 
     /// Computes it now, if it is short and nobody is before it; gives it back if not.

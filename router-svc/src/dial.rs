@@ -45,29 +45,19 @@ pub(crate) async fn unix(name: &str, address: &str) -> Result<ExpertClient<Chann
     let name = name.to_owned();
     let connect = move |_| {
         let name = name.clone();
-        async move { unix_stream(&name).map(TokioIo::new) }
+        async move { unix_stream(&name).await.map(TokioIo::new) }
     };
     client(endpoint(address)?.connect_with_connector(tower::service_fn(connect)).await)
 }
 
-/// Whoever is of this user, or root, may answer: abstract names belong to whoever takes them first.
-#[cfg(target_os = "linux")]
-fn unix_stream(name: &str) -> io::Result<UnixStream> {
-    use std::os::linux::net::SocketAddrExt as _;
-    let name = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
-    let stream = std::os::unix::net::UnixStream::connect_addr(&name)?;
-    stream.set_nonblocking(true)?;
-    let stream = UnixStream::from_std(stream)?;
+/// Whoever is of this user may answer: abstract names belong to whoever takes them first.
+async fn unix_stream(name: &str) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(format!("\0{name}")).await?;
     if cluster::is_of_us(stream.peer_cred()?.uid()) {
         Ok(stream)
     } else {
         Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user listens there"))
     }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn unix_stream(_name: &str) -> io::Result<UnixStream> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn endpoint(address: &str) -> Result<Endpoint, Error> {
@@ -102,7 +92,7 @@ pub(crate) fn unix_socket_of<'a>(status: &'a v1::ExpertStatus, address: &str) ->
     (itself && has_one && is_of_this_host(dialed.ip())).then_some(&status.unix_socket)
 }
 
-/// Only to addresses of its own does a host bind.
+/// Only to addresses of its own does a host bind (but where `ip_nonlocal_bind` lets it: there the name and its user decide).
 fn is_of_this_host(ip: IpAddr) -> bool {
     UdpSocket::bind((ip, 0)).is_ok()
 }

@@ -73,6 +73,7 @@ impl EventLoop {
     pub(crate) fn run<T>(&self, awaited: impl Future<Output = T>) -> T {
         let shared = &*self.shared;
         shared.attended.store(true, Ordering::SeqCst);
+        shared.handed_over.store(false, Ordering::SeqCst);
         if shared.cared_for.load(Ordering::SeqCst) {
             shared.wanted.notify_one();
         }
@@ -132,7 +133,7 @@ impl Shared {
                 }
                 self.cared_for.store(false, Ordering::SeqCst);
             }
-            visits_seen = self.visits.load(Ordering::Relaxed);
+            visits_seen = visits;
             if !self.handed_over.load(Ordering::SeqCst) {
                 thread::park_timeout(CARE_INTERVAL);
             }
@@ -212,7 +213,8 @@ mod tests {
             });
             event_loop.turn();
             event_loop.hand_over();
-            assert_eq!(receiver.recv(), Ok(round));
+            // Sooner than it would have been found out.
+            assert_eq!(receiver.recv_timeout(CARE_INTERVAL / 2), Ok(round));
         }
     }
 

@@ -395,7 +395,7 @@ async fn ask(client: &mut ExpertClient<Channel>) -> Result<v1::ExpertStatus, Err
 async fn through_unix_socket(name: &str, address: &str, instance: &str) -> Option<ExpertClient<Channel>> {
     let refused = |error: &Error| tracing::debug!(name, %error, "not through its Unix socket");
     let mut client = dial::unix(name, address).await.inspect_err(refused).ok()?;
-    let status = ask(&mut client).await.ok()?;
+    let status = ask(&mut client).await.inspect_err(refused).ok()?;
     (status.instance == instance).then_some(client)
 }
 

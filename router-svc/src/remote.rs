@@ -10,7 +10,7 @@ use std::{
 use arc_swap::ArcSwap;
 use cluster::{Health, RoutingTable, health};
 use ids::{ExpertId, InstanceId, LayerId, Version};
-use proto::{Code, Error, Reply, frame::Combine, v1};
+use proto::{Code, Error, Frame, Reply, frame::Combine, v1};
 use telemetry::trace::new_span_id;
 use tokio::{
     sync::mpsc::{Sender, UnboundedReceiver, error::TrySendError},
@@ -60,8 +60,10 @@ pub(crate) struct Remote {
     dispatch_timeout: Duration,
 }
 
-/// What a socket takes at once, whatever the system's settings are. What is more goes on while the engine computes.
+/// What a socket takes at once with Linux's defaults. What is more goes on while the engine computes.
 const SOCKET_BYTES: usize = 64 << 10;
+/// Of an assignment in a frame, at most.
+const ASSIGNMENT_BYTES: usize = 12;
 
 impl Remote {
     pub(crate) fn new(
@@ -138,7 +140,8 @@ impl Remote {
     ) -> Flight {
         self.hear_late();
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
-        let is_large = orders.iter().any(|order| order.frame.rows.n_bytes() > SOCKET_BYTES);
+        let n_bytes = |frame: &Frame| frame.rows.n_bytes() + frame.assignments.len() * ASSIGNMENT_BYTES;
+        let is_large = orders.iter().any(|order| n_bytes(&order.frame) > SOCKET_BYTES);
         self.send(&mut flight, orders);
         // On their way before anything else is computed.
         self.event_loop.turn();

@@ -25,8 +25,8 @@ pub use registry::{Registry, advertised};
 pub use session::{Announcement, Member, Membership, Refused, Session, Term};
 pub use table::{Holder, Members, OtherWeights, RoutingTable};
 
-/// True if who connects through a Unix socket is this process's user, or root: abstract names have no permissions.
+/// True if whoever is at the other end of a Unix socket is this process's user: abstract names have no permissions.
 #[must_use]
 pub fn is_of_us(uid: u32) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw()
+    uid == rustix::process::geteuid().as_raw()
 }

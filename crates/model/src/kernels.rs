@@ -2,8 +2,9 @@
 //! sixteen virtual lanes, fused multiply-add, one reduction tree. So a row's result has the same bits alone and in any
 //! batch, on every machine.
 //!
-//! Each kernel is written once ([`generic`]) and compiled for each instruction set: the twins cannot drift apart. The
-//! only module with `unsafe`, for the calls into code that needs a detected instruction set.
+//! Each kernel is written once and compiled for each instruction set, so that the twins cannot drift apart: [`generic`] in
+//! plain Rust, [`matmul`] and [`attend`] with a type for sixteen [`lanes`]; [`packed`] has one of each. The only module with
+//! `unsafe`, for instructions and calls that need a detected instruction set.
 
 mod attend;
 mod columns;
@@ -23,6 +24,7 @@ use crate::Error;
 pub(crate) use attend::{Attended, HEADS_MAX, attend};
 pub(crate) use columns::Columns;
 pub(crate) use generic::{layer_norm, sigmoid};
+pub(crate) use lanes::Lines;
 pub(crate) use matmul::{Weight, matmul};
 
 /// Multiply-adds below which products are not worth a second thread: some 20 µs of one core.

@@ -77,7 +77,7 @@ impl Layer {
     /// same bits.
     pub fn attend(&self, hidden: &mut [f32], spans: &[Span<'_>], pages: &mut Pages) {
         let normed = rms_norm(hidden, &self.input_layernorm, self.rms_norm_eps);
-        let output = threads::series(|| self.attention.apply(&normed, spans, self.id.index(), pages));
+        let output = self.attention.apply(&normed, spans, self.id.index(), pages);
         hidden.iter_mut().zip(output).for_each(|(hidden, output)| *hidden += output);
     }
 
@@ -164,10 +164,6 @@ impl Mlp {
 
     /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down.
     pub(crate) fn apply_list(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
-        threads::series(|| Self::apply_in_series(list))
-    }
-
-    fn apply_in_series(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
         let inputs: Vec<Input<'_>> = list.iter().map(|(_, rows)| Input::new(rows)).collect();
         let mlps = list.iter().map(|(mlp, _)| *mlp);
         let both = mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [(&mlp.gate_proj, x), (&mlp.up_proj, x)]);

@@ -7,7 +7,7 @@ use half::bf16;
 use crate::{
     Bits, Error,
     checkpoint::memory::Memory,
-    kernels::{Attended, HEADS_MAX, Isa, Matrix, Product, attend, limits, packed, products, threads},
+    kernels::{Attended, HEADS_MAX, Isa, Lines, Matrix, Product, attend, limits, packed, products, threads},
     tune::FILL,
 };
 
@@ -113,13 +113,15 @@ fn attention(rate: &dyn Fn(f64, &dyn Fn()) -> f64, limit: f64) -> Figure {
     const LATENT: usize = 512;
     const POSITIONS: usize = 2048;
     const TASKS: usize = 32;
-    let latents = vec![0.01; POSITIONS * ROW];
+    let mut latents = Lines::zeros(POSITIONS * ROW);
+    latents.fill(0.01);
     let rows: Vec<&[f32]> = latents.chunks_exact(ROW).collect();
-    let q = vec![0.01; HEADS_MAX * ROW];
+    let mut q = Lines::zeros(HEADS_MAX * ROW);
+    q.fill(0.01);
     let work = 2 * TASKS * HEADS_MAX * POSITIONS * (ROW + LATENT);
     let value = rate(work as f64, &|| {
         threads::run(TASKS, &|_| {
-            let mut sums = vec![0.0; HEADS_MAX * LATENT];
+            let mut sums = Lines::zeros(HEADS_MAX * LATENT);
             attend(Isa::detect(), &q, &rows, 1.0, &mut Attended::new(&mut sums, LATENT));
             black_box(sums);
         });

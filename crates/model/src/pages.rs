@@ -6,7 +6,10 @@ use ids::PageIndex;
 
 use crate::{
     Backbone, Bits, ModelConfig, Weights,
-    kernels::packed::{self, OUTPUTS},
+    kernels::{
+        Lines,
+        packed::{self, OUTPUTS},
+    },
 };
 
 /// The KV memory: pages of `page_positions` positions, each with every layer's latent row (and index key). Memory that
@@ -29,7 +32,7 @@ pub(crate) enum IndexKeys {
 pub(crate) struct Rows {
     width: usize,
     page_positions: usize,
-    values: Vec<f32>,
+    values: Lines,
 }
 
 impl Pages {
@@ -39,7 +42,7 @@ impl Pages {
         let rows = |width: usize| Rows {
             width,
             page_positions,
-            values: vec![0.0; n_pages * page_positions * width],
+            values: Lines::zeros(n_pages * page_positions * width),
         };
         let index_keys = || {
             let width = config.indexer.map_or(0, |indexer| indexer.index_head_dim);

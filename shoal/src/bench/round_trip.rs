@@ -51,11 +51,14 @@ pub(super) async fn run(model: &Path, as_json: bool) -> anyhow::Result<()> {
     let address = format!("http://{}", server.address);
     let over_tcp = measure(address.clone()).await?;
     let status = ExpertClient::new(channel(&address).await?).status(v1::ExpertStatusRequest {}).await?;
-    let mut figures = vec![("dispatch, TCP", over_tcp.away), ("without computing", over_tcp.travelling)];
+    let mut figures = vec![("dispatch, TCP", over_tcp.away), ("TCP, without computing", over_tcp.travelling)];
     let name = status.into_inner().unix_socket;
     if !name.is_empty() {
         let trips = measure(format!("unix:\0{name}")).await?;
-        figures.extend([("dispatch, Unix socket", trips.away), ("without computing", trips.travelling)]);
+        figures.extend([
+            ("dispatch, Unix socket", trips.away),
+            ("Unix socket, without computing", trips.travelling),
+        ]);
     }
     server.stop().await;
     tasks.begin_shutdown();

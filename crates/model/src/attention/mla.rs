@@ -8,7 +8,7 @@ use super::indexer::Indexer;
 use crate::{
     Error, ModelConfig, Pages, Span,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
-    kernels::{Attended, Columns, HEADS_MAX, Isa, attend, packed::Bits, rms_norm, threads},
+    kernels::{Attended, Columns, HEADS_MAX, Isa, Lines, attend, packed::Bits, rms_norm, threads},
     pages::{IndexKeys, Rows},
     rope::{Angles, Rotary},
     storage::{Input, Linear, add_bias},
@@ -20,12 +20,10 @@ const INNER_NORM_EPS: f32 = 1e-6;
 /// Rows of the batch that one task attends at most: enough that a head's matrices are read a few times a batch.
 const TASK_ROWS: usize = 32;
 
-/// How many tasks there should be for each thread: one where what they read is more than a core keeps near.
+/// How many tasks there should be for each thread. One row alone that reads more than a core keeps near is cut once a
+/// thread: each task reads all of it.
 const TASKS_PER_THREAD: usize = 2;
 const POSITIONS_NEAR: usize = 1024;
-
-/// Heads that are not worth a task.
-const TASK_HEADS: usize = 4;
 
 pub(crate) struct Attention {
     query: Query,
@@ -161,7 +159,8 @@ impl Attention {
         let selected = threads::map(readers.len(), |row| {
             self.indexer.as_ref()?.select(index_queries.as_ref()?, row, &readers[row], index_keys)
         });
-        let n_read = readers.iter().map(|reader| reader.position + 1).max().unwrap_or_default();
+        let n_read = |row: usize| selected[row].as_ref().map_or(readers[row].position + 1, Vec::len);
+        let n_read: Vec<usize> = (0..readers.len()).map(n_read).collect();
         let read = |row: usize| -> Vec<&[f32]> {
             let Reader { position, pages, .. } = &readers[row];
             match &selected[row] {
@@ -169,29 +168,32 @@ impl Attention {
                 None => (0..=*position).map(|s| latents.get(pages, s)).collect(),
             }
         };
-        self.o_proj.apply(&self.attend(&q, readers.len(), n_read, &read), self.o_bias.as_deref())
+        self.o_proj.apply(&self.attend(&q, &n_read, &read), self.o_bias.as_deref())
     }
 
     /// `q` `[rows, heads, nope + rope]` → `[rows, heads × v]`. A task takes a few rows and heads from their queries to
-    /// their outputs; `read` gives the latents that a row reads, at most `n_read`.
+    /// their outputs; `read` gives the latents that a row reads, `n_read` of them.
     fn attend<'a>(
         &self,
         q: &[f32],
-        n_rows: usize,
-        n_read: usize,
+        n_read: &[usize],
         read: &(dyn Fn(usize) -> Vec<&'a [f32]> + Sync),
     ) -> Vec<f32> {
         let Sizes { heads, v, .. } = self.sizes;
+        let n_rows = n_read.len();
         let mut outputs = vec![0.0; n_rows * heads * v];
-        let per_thread = if n_read > POSITIONS_NEAR { 1 } else { TASKS_PER_THREAD };
-        let wanted = threads::count() * per_thread;
+        let total: usize = n_read.iter().sum();
+        let is_one_far = n_rows == 1 && total > POSITIONS_NEAR;
+        let wanted = threads::count() * if is_one_far { 1 } else { TASKS_PER_THREAD };
         let task_rows = (n_rows * heads / HEADS_MAX / wanted).clamp(1, TASK_ROWS);
-        let task_heads = (n_rows.div_ceil(task_rows) * heads).div_ceil(wanted).clamp(TASK_HEADS, HEADS_MAX);
         let mut tasks = Vec::new();
         for (block, outputs) in outputs.chunks_mut(task_rows * heads * v).enumerate() {
             let first = block * task_rows;
             let rows = first..first + outputs.len() / (heads * v);
-            let columns = Columns::split(outputs, heads * v, task_heads * v);
+            // By what its rows read: a long one among short ones is cut, too.
+            let reads: usize = n_read[rows.clone()].iter().sum();
+            let cuts = (reads * wanted).div_ceil(total.max(1)).clamp(heads.div_ceil(HEADS_MAX), heads);
+            let columns = Columns::split(outputs, heads * v, heads.div_ceil(cuts) * v);
             tasks.extend(columns.map(|outputs| (rows.clone(), outputs)));
         }
         threads::for_each(tasks, |(rows, mut outputs)| self.attend_some(q, rows, read, &mut outputs));
@@ -209,7 +211,7 @@ impl Attention {
         let Sizes { heads, nope, v, latent, rope, softmax_scale } = self.sizes;
         let of_heads = outputs.range().start / v..outputs.range().end / v;
         let (n_rows, n_heads) = (rows.len(), of_heads.len());
-        let mut absorbed = vec![0.0; n_rows * n_heads * (latent + rope)]; // [rows, heads, latent + rope]
+        let mut absorbed = Lines::zeros(n_rows * n_heads * (latent + rope)); // [rows, heads, latent + rope]
         for (at, head) in of_heads.clone().enumerate() {
             let of_head = |row: usize| &q[(row * heads + head) * (nope + rope)..][..nope + rope];
             let no_position: Vec<f32> = rows.clone().flat_map(|row| &of_head(row)[..nope]).copied().collect();
@@ -221,7 +223,7 @@ impl Attention {
             }
         }
         let isa = Isa::detect();
-        let mut means = vec![0.0; n_rows * n_heads * latent]; // [rows, heads, latent]
+        let mut means = Lines::zeros(n_rows * n_heads * latent); // [rows, heads, latent]
         let of_rows =
             absorbed.chunks_exact(n_heads * (latent + rope)).zip(means.chunks_exact_mut(n_heads * latent));
         for (row, (absorbed, means)) in rows.zip(of_rows) {

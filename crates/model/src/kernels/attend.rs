@@ -31,7 +31,8 @@ pub(crate) struct Attended<'a> {
 
 impl<'a> Attended<'a> {
     /// Nothing so far, of at most [`HEADS_MAX`] heads: `sums` is zero.
-    pub(crate) const fn new(sums: &'a mut [f32], width: usize) -> Self {
+    pub(crate) fn new(sums: &'a mut [f32], width: usize) -> Self {
+        assert!(sums.len() <= HEADS_MAX * width, "more heads than {HEADS_MAX}");
         Self { sums, width, highest: [f32::NEG_INFINITY; HEADS_MAX], totals: [0.0; HEADS_MAX] }
     }
 

@@ -3,6 +3,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
+use std::ops;
 
 use half::bf16;
 
@@ -21,6 +22,38 @@ pub(crate) trait Lanes: Copy {
     fn mul_add(self, by: Self, sum: Self) -> Self;
     /// The one reduction tree: halves are added until one number is left.
     fn reduce(self) -> f32;
+}
+
+/// Numbers that begin with a line of the caches: what lies across two of them takes two loads.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    numbers: Vec<f32>,
+    start: usize,
+}
+
+impl Lines {
+    /// What is never touched takes no room.
+    pub(crate) fn zeros(n: usize) -> Self {
+        let numbers = vec![0.0; n + LANES - 1];
+        // Where that cannot be told, they are what they are.
+        let start = numbers.as_ptr().align_offset(size_of::<[f32; LANES]>()).min(LANES - 1);
+        Self { numbers, start }
+    }
+}
+
+impl ops::Deref for Lines {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.numbers[self.start..][..self.numbers.len() - (LANES - 1)]
+    }
+}
+
+impl ops::DerefMut for Lines {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        let n = self.numbers.len() - (LANES - 1);
+        &mut self.numbers[self.start..][..n]
+    }
 }
 
 /// For any machine.

@@ -26,9 +26,6 @@ pub type Task<'a> = dyn Fn(usize) + Sync + 'a;
 /// Turns of its loop that the caller waits for the last tasks of others before it sleeps.
 const SPINS_AT_END: u32 = 2_000;
 
-/// Turns of its loop that a helper waits for the next job of a series.
-const SPINS_IN_SERIES: u32 = 1_000;
-
 /// Numbers to be read and written below which they are not worth a second thread: some 5 µs of one core.
 const SHARED_FROM: usize = 1 << 14;
 
@@ -50,8 +47,6 @@ struct Shared {
     spins: u32,
     /// Held by the caller of a job: there is one at a time.
     calling: Mutex<()>,
-    /// True while the caller's next job is near.
-    in_series: AtomicBool,
     state: Mutex<State>,
     /// Of the state, for those who look without its lock.
     published: AtomicU64,
@@ -117,7 +112,6 @@ impl Threads {
             n: n.get(),
             spins,
             calling: Mutex::default(),
-            in_series: AtomicBool::new(false),
             state: Mutex::default(),
             published: AtomicU64::new(0),
             inside: AtomicUsize::new(0),
@@ -202,34 +196,9 @@ pub fn alone<T>(compute: impl FnOnce() -> T) -> T {
     compute()
 }
 
-/// Runs `compute`, whose jobs follow close upon each other: helpers wait for the next one awake.
-pub fn series<T>(compute: impl FnOnce() -> T) -> T {
-    let shared = CURRENT.with_borrow(Clone::clone);
-    let _series = shared.as_deref().map(Series::begin);
-    compute()
-}
-
 /// Runs `compute`, which reads and writes `numbers` each a few times, on this thread alone if they are not worth another.
 pub fn share<T>(numbers: usize, compute: impl FnOnce() -> T) -> T {
     if numbers < SHARED_FROM { alone(compute) } else { compute() }
-}
-
-/// Ends the series it began, if that was not inside another one.
-struct Series<'a>(Option<&'a AtomicBool>);
-
-impl<'a> Series<'a> {
-    fn begin(shared: &'a Shared) -> Self {
-        let was_inside = shared.in_series.swap(true, Ordering::Relaxed);
-        Self((!was_inside).then_some(&shared.in_series))
-    }
-}
-
-impl Drop for Series<'_> {
-    fn drop(&mut self) {
-        if let Some(in_series) = self.0 {
-            in_series.store(false, Ordering::Relaxed);
-        }
-    }
 }
 
 /// Runs `task` with each of `items`.
@@ -325,12 +294,8 @@ impl Shared {
         let mut seen = 0;
         loop {
             let called = || self.published.load(Ordering::SeqCst) != seen;
-            let spins_max = || {
-                let in_series = self.in_series.load(Ordering::Relaxed);
-                self.spins.max(if in_series { SPINS_IN_SERIES } else { 0 })
-            };
             let mut spins = 0;
-            while !called() && spins < spins_max() {
+            while !called() && spins < self.spins {
                 hint::spin_loop();
                 spins += 1;
             }
