@@ -214,8 +214,9 @@ impl Rows {
                 )));
             }
             // All of them first, which is faster than looking for one.
-            if numbers.iter().fold(false, |any, number| any | (*number == 0x80)) {
-                let column = numbers.iter().position(|number| *number == 0x80).unwrap_or_default();
+            if numbers.iter().fold(false, |any, number| any | (*number == 0x80))
+                && let Some(column) = numbers.iter().position(|number| *number == 0x80)
+            {
                 let message = format!("rows.data has -128 at row {row}, column {column}: -127 is the least");
                 return Err(Error::invalid("rows.data", message));
             }
