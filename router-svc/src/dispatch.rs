@@ -232,17 +232,20 @@ pub(crate) mod tests {
         let mut members = Members::default();
         let mut table = RoutingTable::default();
         for (name, experts) in holders {
-            let held = |&expert: &u32| ((LayerId(0), ExpertId(expert)), WeightsHash(1 << expert));
-            let holder = Holder {
-                instance: (*name).into(),
-                address: String::new(),
-                epoch: Epoch(7),
-                holds: experts.iter().map(held).collect(),
-                draining: false,
-            };
-            table = members.join(holder).unwrap();
+            table = members.join(holder(name, experts, 7)).unwrap();
         }
         table
+    }
+
+    pub(crate) fn holder(name: &str, experts: &[u32], epoch: u64) -> Holder {
+        let held = |&expert: &u32| ((LayerId(0), ExpertId(expert)), WeightsHash(1 << expert));
+        Holder {
+            instance: name.into(),
+            address: String::new(),
+            epoch: Epoch(epoch),
+            holds: experts.iter().map(held).collect(),
+            draining: false,
+        }
     }
 
     #[expect(clippy::disallowed_methods, reason = "any instant will do")]

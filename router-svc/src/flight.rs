@@ -27,7 +27,7 @@ use telemetry::trace::SpanId;
 
 pub(crate) use self::landed::Landed;
 use self::log::{Attempt, Ejection, Ending, Kind, Log, Purpose, distinct};
-use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State};
+use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State, Tried};
 use crate::dispatch::{Activations, Grounds, Part, Slot, pack, plan, plan_for};
 
 /// A frame to be sent.
@@ -210,7 +210,7 @@ impl Flight {
         around.counts.frames += 1;
         around.health.sent(&holder, frame_id, slots.len(), around.now);
         let mut tried = parent.map_or_else(Vec::new, |parent| self.pieces[parent].tried.clone());
-        tried.push(holder.clone());
+        tried.push(Tried { holder: holder.clone(), epoch, excused: false });
         let sent = Sent {
             holder,
             epoch,
@@ -343,6 +343,9 @@ impl Flight {
         let State::Out(sent) = std::mem::replace(&mut piece.state, State::Failed) else { return Vec::new() };
         self.frames.remove(&sent.frame_id);
         let failure = kind(&error);
+        if let Some(tried) = piece.tried.last_mut() {
+            tried.excused = failure == Failure::Excused;
+        }
         let ending = Ending::Failed { reason: error.reason.to_string(), message: error.message.clone() };
         self.log.end(sent.attempt_idx, around.now, ending);
         if around.health.failed(&sent.holder, sent.frame_id, failure, around.now) {
@@ -354,8 +357,12 @@ impl Flight {
         *around.counts.failures.entry(error.reason.clone().into_owned()).or_default() += 1;
         tracing::debug!(layer = %self.activations.layer, instance = %sent.holder, reason = %error.reason, %error, "frame failed");
         self.last_failure = Some(error);
-        if settled || self.pieces.progress(idx) == Progress::Waiting {
+        if settled {
             return Vec::new();
+        }
+        if self.pieces.progress(idx) == Progress::Waiting {
+            // Somebody is at it already, unless he has been ejected since.
+            return self.hedge(idx, &purpose, |health| &mut health.failovers, around).unwrap_or_default();
         }
         self.replace(idx, &purpose, around)
     }
@@ -376,8 +383,11 @@ impl Flight {
     }
 
     fn plan_elsewhere(&self, idx: PieceIdx, around: &Surroundings<'_>) -> (Vec<Part>, Vec<Slot>) {
-        let Piece { slots, tried, .. } = &self.pieces[idx];
-        plan(&self.activations, slots.iter().copied(), &around.grounds(), tried)
+        let slots = &self.pieces[idx].slots;
+        let tried = self.pieces.tried(idx).into_iter();
+        let avoid: Vec<InstanceId> =
+            tried.filter(|tried| tried.is_avoided(around.table)).map(|tried| tried.holder.clone()).collect();
+        plan(&self.activations, slots.iter().copied(), &around.grounds(), &avoid)
     }
 
     fn send_cover(

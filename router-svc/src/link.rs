@@ -346,6 +346,7 @@ impl Links {
 
     fn publish(&self, joined: &Joined, table: cluster::RoutingTable) {
         self.view.store(Arc::new(View { table, links: joined.links.clone() }));
+        self.tell(LinkEvent::Table);
         let _engine_gone = self.commands.send(Command::Wake);
     }
 

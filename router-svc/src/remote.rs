@@ -46,6 +46,8 @@ pub(crate) enum LinkEvent {
         instance: InstanceId,
         error: Error,
     },
+    /// The view has another table; sent after it is in place.
+    Table,
 }
 
 pub(crate) struct Remote {
@@ -126,6 +128,7 @@ impl Remote {
                     self.decide(|around| note_late(&instance, &reply, around));
                 }
                 LinkEvent::Broken { instance, .. } => self.health.leave(&instance),
+                LinkEvent::Table => {}
             }
         }
         self.health.is_owed()
@@ -163,15 +166,18 @@ impl Remote {
                     self.health.leave(&instance);
                     orders
                 }
-                Err(_timeout) => Vec::new(),
+                Ok(Some(LinkEvent::Table)) | Err(_) => Vec::new(),
                 // The links are gone: the process is ending. What is outstanding counts as lost.
                 Ok(None) => break,
             };
             self.send(&mut flight, orders);
-            if wake_at.is_some_and(|at| at <= now()) {
-                let orders = self.decide(|around| tick(&mut flight, around));
-                self.send(&mut flight, orders);
-            }
+            let orders = self.decide(|around| {
+                let is_due = wake_at.is_some_and(|at| at <= around.now);
+                let mut orders = if is_due { tick(&mut flight, around) } else { Vec::new() };
+                orders.extend(flight.look_again(around));
+                orders
+            });
+            self.send(&mut flight, orders);
         }
         flight.land()
     }

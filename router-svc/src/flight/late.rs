@@ -9,12 +9,12 @@ use proto::{Code, Error};
 use super::{
     Flight, Order, Surroundings,
     log::{Kind, Purpose},
-    pieces::{PieceIdx, Progress, State},
+    pieces::{PieceIdx, State},
 };
 
 /// Why a piece was not asked of others as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum NotHedged {
+pub(super) enum NotHedged {
     NobodyElse,
     Budget,
 }
@@ -23,10 +23,29 @@ impl Flight {
     /// `holder` has been ejected: what it owes is asked of others now, and its answers still count if they come first.
     pub(crate) fn hurry(&mut self, holder: &InstanceId, around: &mut Surroundings<'_>) -> Vec<Order> {
         let slow = self.pieces.out(|sent| sent.holder == *holder);
-        let waiting = slow.into_iter().filter(|&idx| !self.pieces.is_settled(idx)).collect::<Vec<_>>();
-        let purpose = Purpose { kind: Kind::Failover, cause: Some(format!("{holder} is ejected: silent")) };
+        self.ask_others(slow, &format!("{holder} is ejected: silent"), around)
+    }
+
+    /// Asks others for what is left with ejected holders alone, as soon as there are others: the table may have changed,
+    /// or who is in, or a cover may have failed. Due after everything that the flight is told.
+    pub(crate) fn look_again(&mut self, around: &mut Surroundings<'_>) -> Vec<Order> {
+        let stranded = self.pieces.stranded(around.health);
+        self.ask_others(stranded, "its holder is ejected", around)
+    }
+
+    fn ask_others(
+        &mut self,
+        mut late: Vec<PieceIdx>,
+        cause: &str,
+        around: &mut Surroundings<'_>,
+    ) -> Vec<Order> {
+        late.retain(|&idx| !self.pieces.is_settled(idx));
+        if late.is_empty() {
+            return Vec::new();
+        }
+        let purpose = Purpose { kind: Kind::Failover, cause: Some(cause.to_owned()) };
         let mut orders = Vec::new();
-        for idx in waiting {
+        for idx in late {
             // Where nobody else can, or the budget is spent, its own answer is waited for.
             if let Ok(more) = self.hedge(idx, &purpose, |health| &mut health.failovers, around) {
                 orders.extend(more);
@@ -69,6 +88,20 @@ impl Flight {
         orders
     }
 
+    /// Whether a piece waits for an ejected holder alone, without a hedge to come, although holders that are in could
+    /// compute it and the budget has room.
+    #[cfg(test)]
+    pub(crate) fn waits_in_vain(&self, around: &Surroundings<'_>) -> bool {
+        self.pieces.stranded(around.health).into_iter().any(|idx| {
+            let (parts, orphans) = self.plan_elsewhere(idx, around);
+            let others = orphans.is_empty() && parts.iter().all(|part| around.health.is_in(&part.holder));
+            let affordable = around.health.failovers.affords(parts.len());
+            others
+                && affordable
+                && matches!(&self.pieces[idx].state, State::Out(sent) if sent.hedge_at.is_none())
+        })
+    }
+
     /// The next moment at which [`Flight::tick`] has something to do.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         let waiting = self.frames.values().filter(|&&idx| !self.pieces.is_settled(idx));
@@ -81,15 +114,15 @@ impl Flight {
     }
 
     /// Asks others for the whole of a piece that is still out.
-    fn hedge(
+    pub(super) fn hedge(
         &mut self,
         idx: PieceIdx,
         purpose: &Purpose,
         budget: impl FnOnce(&mut Health) -> &mut Budget,
         around: &mut Surroundings<'_>,
     ) -> Result<Vec<Order>, NotHedged> {
-        if self.pieces[idx].covers.iter().any(|cover| self.pieces.cover_progress(cover) == Progress::Waiting)
-        {
+        // A probe, or a cover whose holder has been ejected since, is not enough.
+        if self.pieces.is_covered(idx, around.health) {
             return Ok(Vec::new());
         }
         let (parts, orphans) = self.plan_elsewhere(idx, around);

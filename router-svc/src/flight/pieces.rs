@@ -5,6 +5,7 @@ use std::{
     time::Instant,
 };
 
+use cluster::{Health, RoutingTable};
 use ids::{Epoch, FrameId, InstanceId, WeightsHash};
 
 use crate::dispatch::Slot;
@@ -17,11 +18,26 @@ pub(super) struct Piece {
     pub(super) slots: Vec<Slot>,
     pub(super) as_pairs: bool,
     pub(super) parent: Option<PieceIdx>,
-    /// Holders that have failed with these pairs, or are still at them.
-    pub(super) tried: Vec<InstanceId>,
+    pub(super) tried: Vec<Tried>,
     pub(super) state: State,
     /// Each does the whole piece again.
     pub(super) covers: Vec<Vec<PieceIdx>>,
+}
+
+/// A holder that has failed with a piece's pairs, or is still at them.
+#[derive(Clone, Debug)]
+pub(super) struct Tried {
+    pub(super) holder: InstanceId,
+    pub(super) epoch: Epoch,
+    /// It refused because the table was older than its holdings: what it still holds, it will compute.
+    pub(super) excused: bool,
+}
+
+impl Tried {
+    /// False once the table knows what the holder that refused holds now.
+    pub(super) fn is_avoided(&self, table: &RoutingTable) -> bool {
+        !self.excused || table.holder(&self.holder).is_none_or(|holder| holder.epoch == self.epoch)
+    }
 }
 
 #[derive(Debug)]
@@ -127,6 +143,39 @@ impl Pieces {
     pub(super) fn out(&self, chosen: impl Fn(&Sent) -> bool) -> Vec<PieceIdx> {
         let is_out = |piece: &Piece| matches!(&piece.state, State::Out(sent) if chosen(sent));
         self.0.iter().enumerate().filter(|(_, piece)| is_out(piece)).map(|(idx, _)| idx).collect()
+    }
+
+    /// True if servers that are in are at all of it that is not home.
+    pub(super) fn is_in_hand(&self, idx: PieceIdx, health: &Health) -> bool {
+        let piece = &self.0[idx];
+        match &piece.state {
+            State::Home { .. } => true,
+            State::Out(sent) if health.is_in(&sent.holder) => true,
+            State::Out(_) | State::Failed | State::Orphaned => self.is_covered(idx, health),
+        }
+    }
+
+    /// The same of one of its covers.
+    pub(super) fn is_covered(&self, idx: PieceIdx, health: &Health) -> bool {
+        self.0[idx].covers.iter().any(|cover| cover.iter().all(|&piece| self.is_in_hand(piece, health)))
+    }
+
+    /// Pieces that are out at servers that are not in, and not part of others that are out or in hand.
+    pub(super) fn stranded(&self, health: &Health) -> Vec<PieceIdx> {
+        let is_tended =
+            |idx: PieceIdx| matches!(self.0[idx].state, State::Out(_)) || self.is_covered(idx, health);
+        let mut out = self.out(|sent| !health.is_in(&sent.holder));
+        out.retain(|&idx| {
+            let mut parents = std::iter::successors(self.0[idx].parent, |&parent| self.0[parent].parent);
+            !self.is_settled(idx) && !self.is_covered(idx, health) && !parents.any(is_tended)
+        });
+        out
+    }
+
+    /// By the piece, what it is part of, and what covers it.
+    pub(super) fn tried(&self, idx: PieceIdx) -> Vec<&Tried> {
+        let Piece { tried, covers, .. } = &self.0[idx];
+        tried.iter().chain(covers.iter().flatten().flat_map(|&cover| self.tried(cover))).collect()
     }
 
     /// The cover that is home; without one, the last, for its lost pairs.

@@ -1,3 +1,4 @@
+use cluster::Members;
 use ids::{Epoch, ExpertId, RowIndex, WeightsHash};
 use proto::{
     frame::Grid,
@@ -7,7 +8,7 @@ use proto::{
 use super::*;
 use crate::{
     combine::combine,
-    dispatch::tests::{activations, any_instant, table},
+    dispatch::tests::{activations, any_instant, holder, table},
 };
 
 const EXACT: Combine = Combine::Exact(Grid { exponent: -10, contribution_max: 1000.0 });
@@ -297,6 +298,33 @@ fn an_ejected_server_is_not_waited_for() {
     let hurried = flight.hurry(&orders[0].holder, &mut case.around());
     assert_eq!(hurried.len(), 1);
     case.land(&mut flight, &hurried);
+    check(flight);
+}
+
+/// b is ejected and silent. a gives expert 0 to c, and refuses a frame for 0 and 1 before the table says so.
+#[test]
+fn who_refuses_one_expert_is_asked_again_for_the_others_once_the_table_is_new() {
+    let mut case = Case::warm(&[("a", &[0, 1, 2, 3]), ("b", &[1, 2, 3]), ("c", &[0])]);
+    case.health.failed(&"b".into(), FrameId(0), Failure::Wrong, case.now);
+    for at in 0..9 {
+        case.health.sent(&"c".into(), FrameId(1 << 50 | at), 1, case.now);
+    }
+    let (mut flight, orders) = case.launch(EXACT);
+    assert_eq!((orders.len(), orders[0].holder.as_str()), (1, "a"), "{orders:?}");
+    let refusal = Reply {
+        outcome: Err(Error::new(Code::NotFound, "expert_not_held", "expert 0")),
+        ..serve(&orders[0].frame, f32::MAX)
+    };
+    let again = case.accept(&mut flight, &orders[0], refusal).unwrap();
+    let holders: Vec<_> = again.iter().map(|order| order.holder.as_str()).collect();
+    assert_eq!(holders, ["b", "c"], "nobody else is known to hold them");
+    case.land(&mut flight, &again[1..]);
+    assert!(flight.look_again(&mut case.around()).is_empty(), "the table is the same");
+    case.table = Members::default().join(holder("a", &[1, 2, 3], 8)).unwrap();
+    let once_more = flight.look_again(&mut case.around());
+    let [order] = &once_more[..] else { panic!("{once_more:?}") };
+    assert_eq!((order.holder.as_str(), order.frame.epoch), ("a", Epoch(8)));
+    case.land(&mut flight, &once_more);
     check(flight);
 }
 

@@ -104,6 +104,7 @@ impl World {
             Ok(table) => self.router.table = table,
             Err(error) => self.violation(error.to_string()),
         }
+        self.look_at_flight();
     }
 
     pub(super) fn connect(&mut self, server: usize) {
@@ -262,10 +263,22 @@ impl World {
 
     /// Ends the flight if it is home; else wakes up when it has something to do.
     fn look_at_flight(&mut self) {
+        let orders = self.with_router(|around, flying| {
+            flying.as_mut().map(|flying| flying.flight.look_again(around)).unwrap_or_default()
+        });
+        self.send(orders);
         let Some(flying) = &self.router.flight else { return };
         self.router.turn += 1;
         let turn = self.router.turn;
         if !flying.flight.is_home() {
+            if self.with_router(|around, flying| {
+                flying.as_ref().is_some_and(|flying| flying.flight.waits_in_vain(around))
+            }) {
+                self.violation(
+                    "an ejected server is waited for although others could do its work".to_owned(),
+                );
+            }
+            let Some(flying) = &self.router.flight else { return };
             let wakes = [flying.flight.next_tick(), self.router.health.next_tick()];
             if let Some(at) = wakes.into_iter().flatten().min() {
                 let wait = at.saturating_duration_since(self.now()).max(Duration::from_micros(1));

@@ -26,9 +26,14 @@ impl Budget {
         self.tokens = (self.tokens + self.per_frame).min(self.tokens_max);
     }
 
+    #[must_use]
+    pub const fn affords(&self, n: usize) -> bool {
+        self.tokens >= n as f32
+    }
+
     /// Pays for `n` extra frames, or for none.
     pub fn spend(&mut self, n: usize) -> bool {
-        let affordable = self.tokens >= n as f32;
+        let affordable = self.affords(n);
         if affordable {
             self.tokens -= n as f32;
             self.n_spent += n as u64;
