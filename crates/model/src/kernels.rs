@@ -48,6 +48,9 @@ pub enum Isa {
     /// With VNNI, BW and VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512, and tiles of bytes.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// With the dot products of ARMv8.2.
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -85,7 +88,7 @@ impl Isa {
                 && std::arch::is_x86_feature_detected!("avx512vl")
                 && std::arch::is_x86_feature_detected!("avx512vnni")
             {
-                return Self::Avx512;
+                return if packed::amx::request() { Self::Amx } else { Self::Avx512 };
             }
             if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
                 return Self::Avx2;
@@ -106,22 +109,35 @@ impl Isa {
             Self::Avx2 => vec![Self::Baseline, Self::Avx2],
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => vec![Self::Baseline, Self::Avx2, Self::Avx512],
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => vec![Self::Baseline, Self::Avx2, Self::Avx512, Self::Amx],
             #[cfg(target_arch = "aarch64")]
             Self::Neon => vec![Self::Baseline, Self::Neon],
         }
     }
 
     /// True if it multiplies many rows from numbers of 16 bits.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) const fn widens(self) -> bool {
-        match self {
-            Self::Baseline => false,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => true,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => false,
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon => false,
-        }
+        matches!(self, Self::Avx2)
+    }
+
+    /// True if it multiplies tiles of many rows.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const fn has_tiles(self) -> bool {
+        matches!(self, Self::Amx)
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    #[expect(clippy::unused_self, reason = "others have sets that do")]
+    pub(crate) const fn widens(self) -> bool {
+        false
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    #[expect(clippy::unused_self, reason = "others have sets that do")]
+    pub(crate) const fn has_tiles(self) -> bool {
+        false
     }
 
     #[must_use]
@@ -132,6 +148,8 @@ impl Isa {
             Self::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
             #[cfg(target_arch = "aarch64")]
             Self::Neon => "neon",
         }
@@ -160,8 +178,8 @@ macro_rules! dispatch {
                 #[expect(unsafe_code, reason = "sound: `Isa::Avx2` is made by `Isa::detect` alone")]
                 Isa::Avx2 => unsafe { avx2($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
-                #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
-                Isa::Avx512 => unsafe { avx512($($arg),*) },
+                #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+                Isa::Avx512 | Isa::Amx => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "aarch64")]
                 Isa::Neon => generic::$name($($arg),*),
             }

@@ -61,8 +61,8 @@ pub(crate) fn attend(isa: Isa, q: &[f32], rows: &[&[f32]], scale: f32, attended:
         #[expect(unsafe_code, reason = "sound: `Isa::Avx2` is made by `Isa::detect` alone")]
         Isa::Avx2 => unsafe { avx2(q, rows, scale, attended) },
         #[cfg(target_arch = "x86_64")]
-        #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
-        Isa::Avx512 => unsafe { avx512(q, rows, scale, attended) },
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512(q, rows, scale, attended) },
         _ => attend_with::<Portable, 2, 3, 1>(q, rows, scale, attended),
     }
 }

@@ -15,7 +15,7 @@ pub(crate) fn read(bytes: &[u8]) -> u64 {
         Isa::Baseline => generic::read(bytes),
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { x86::read(bytes) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unsafe { x86::read(bytes) },
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => generic::read(bytes),
     }
@@ -30,7 +30,7 @@ pub(crate) fn multiply_f32(seed: f32) -> (usize, f32) {
         Isa::Avx2 => unsafe { x86::avx2_f32(seed) },
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Avx512 => unsafe { x86::avx512_f32(seed) },
+        Isa::Avx512 | Isa::Amx => unsafe { x86::avx512_f32(seed) },
         #[cfg(target_arch = "aarch64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Neon => unsafe { arm::neon_f32(seed) },
@@ -46,7 +46,7 @@ pub(crate) fn multiply_i8(seed: i8) -> (usize, i32) {
         Isa::Avx2 => unsafe { x86::avx2(seed) },
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Avx512 => unsafe { x86::avx512(seed) },
+        Isa::Avx512 | Isa::Amx => unsafe { x86::avx512(seed) },
         #[cfg(target_arch = "aarch64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Neon => unsafe { arm::neon(seed) },

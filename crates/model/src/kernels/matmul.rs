@@ -59,8 +59,8 @@ pub(crate) fn matmul<W: Weight>(isa: Isa, x: &[f32], w: &[W], width: usize, y: &
         #[expect(unsafe_code, reason = "sound: `Isa::Avx2` is made by `Isa::detect` alone")]
         Isa::Avx2 => unsafe { avx2(x, w, width, y) },
         #[cfg(target_arch = "x86_64")]
-        #[expect(unsafe_code, reason = "sound: `Isa::Avx512` is made by `Isa::detect` alone")]
-        Isa::Avx512 => unsafe { avx512(x, w, width, y) },
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512(x, w, width, y) },
         _ => matmul_with::<Portable, W, 3, 2>(x, w, width, y),
     }
 }

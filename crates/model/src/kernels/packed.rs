@@ -11,6 +11,8 @@
 //! is element `8 r + j`, its high half element `8 r + 4 + j`, both plus 8.
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -34,6 +36,8 @@ const SCALES_BYTES: usize = OUTPUTS * 2;
 const BLOCKS: usize = 8;
 /// Rows whose blocks lie together.
 const GROUP: usize = 8;
+/// The same where AMX multiplies more than a group of rows.
+const TILE_ROWS: usize = 16;
 /// Rows that meet a task's panels before the next ones do: they stay in the second cache.
 const ROWS_PASS: usize = 128;
 /// Rows that are quantized by one thread.
@@ -55,11 +59,12 @@ pub enum Bits {
 }
 
 /// Rows `[rows, width]` as int8 with a scale for each block; what is missing of the last two is zeros. In the order in which a
-/// kernel reads them: groups of eight rows (the last has what is left), in a group block after block, in a block row after
-/// row.
+/// kernel reads them: groups of eight rows (the last has what is left) or of a tile's sixteen (the last is filled up with
+/// zeros), in a group block after block, in a block row after row.
 #[derive(Debug)]
 pub(crate) struct Rows {
     n_rows: usize,
+    group: usize,
     blocks: usize,
     numbers: Vec<[i8; BLOCK]>,
     scales: Vec<f32>,
@@ -95,6 +100,7 @@ struct Row<'a> {
 struct Part<'a> {
     x: &'a [f32],
     width: usize,
+    group: usize,
     numbers: &'a mut [[i8; BLOCK]],
     scales: &'a mut [f32],
     biases: &'a mut [Biases],
@@ -151,10 +157,13 @@ impl Rows {
     fn quantize_for(isa: Isa, x: &[f32], width: usize) -> Self {
         let blocks = blocks(width);
         let n_rows = x.len() / width;
-        let n = n_rows * blocks;
+        let is_tiled = isa.has_tiles() && n_rows > GROUP;
+        let group = if is_tiled { TILE_ROWS } else { GROUP };
+        let n = blocks * if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
         let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
         let mut rows = Self {
             n_rows,
+            group,
             blocks,
             numbers: vec![[0; BLOCK]; n],
             scales: vec![0.0; n],
@@ -170,7 +179,7 @@ impl Rows {
             .map(|(((x, numbers), scales), biases)| {
                 // There are none where no kernel reads them.
                 let wide = wide.next().unwrap_or(&mut []);
-                Part { x, width, numbers, scales, biases, wide }
+                Part { x, width, group, numbers, scales, biases, wide }
             })
             .collect();
         threads::for_each(parts, |part| quantize_with(isa, part));
@@ -179,7 +188,7 @@ impl Rows {
 
     /// The group that begins with row `first`.
     fn group(&self, first: usize) -> Group<'_> {
-        let n_rows = GROUP.min(self.n_rows - first);
+        let n_rows = self.group.min(self.numbers.len() / self.blocks - first);
         let of_group = first * self.blocks..(first + n_rows) * self.blocks;
         Group {
             n_rows,
@@ -190,7 +199,7 @@ impl Rows {
     }
 
     fn row(&self, row: usize) -> Row<'_> {
-        let in_group = row % GROUP;
+        let in_group = row % self.group;
         Row { group: self.group(row - in_group), row: in_group }
     }
 }
@@ -218,7 +227,7 @@ fn quantize_with(isa: Isa, part: Part<'_>) {
         Isa::Avx2 => unsafe { avx2::quantize(part) },
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Avx512 => unsafe { avx512::quantize(part) },
+        Isa::Avx512 | Isa::Amx => unsafe { avx512::quantize(part) },
         // The baseline of aarch64 has what it needs.
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => quantize(part),
@@ -227,13 +236,13 @@ fn quantize_with(isa: Isa, part: Part<'_>) {
 
 #[inline(always)]
 fn quantize(part: Part<'_>) {
-    let Part { x, width, numbers, scales, biases, wide } = part;
+    let Part { x, width, group: group_rows, numbers, scales, biases, wide } = part;
     let blocks = blocks(width);
-    for (group, x) in x.chunks(GROUP * width).enumerate() {
-        let n_rows = x.len() / width;
+    for (group, x) in x.chunks(group_rows * width).enumerate() {
+        let n_rows = if group_rows == TILE_ROWS { TILE_ROWS } else { x.len() / width };
         for (row, x) in x.chunks_exact(width).enumerate() {
             for (block, x) in x.chunks(BLOCK).enumerate() {
-                let at = group * GROUP * blocks + block * n_rows + row;
+                let at = group * group_rows * blocks + block * n_rows + row;
                 let (scale, sum) = match x.as_array() {
                     Some(x) => scalar::quantize(x, &mut numbers[at]),
                     None => {
@@ -246,7 +255,7 @@ fn quantize(part: Part<'_>) {
                 scales[at] = scale;
                 biases[at] = [-128 * sum, -8 * sum];
                 if !wide.is_empty() {
-                    let row = group * GROUP + row;
+                    let row = group * group_rows + row;
                     let wide = &mut wide[row / WIDE_ROWS * blocks + block];
                     for (wide, pair) in wide.iter_mut().zip(numbers[at].as_chunks::<2>().0) {
                         let [low, high] = pair.map(i32::from);
@@ -379,12 +388,13 @@ fn add_products<const R: usize>(
     }
 }
 
-/// Rows of `x` from `first` on, a multiple of [`GROUP`], times the outputs of one panel → `y`, one a row.
+/// Rows of `x` from `first` on, the first of a group, times the outputs of one panel → `y`, one a row.
 fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, first: usize, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     match isa {
-        Isa::Avx512 => return unsafe { avx512::rows_with_panel(bits, x, first, panel, y) },
+        Isa::Amx if x.group == TILE_ROWS => return unsafe { amx::rows_with_panel(bits, x, first, panel, y) },
+        Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_panel(bits, x, first, panel, y) },
         Isa::Avx2 if !x.wide.is_empty() => {
             y.fill([0.0; OUTPUTS]);
             return unsafe { avx2::add_products_wide(bits, x, first, panel, y) };

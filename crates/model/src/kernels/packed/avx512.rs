@@ -8,6 +8,8 @@ use std::arch::x86_64::*;
 
 use super::{BLOCK, Bits, GROUP, Group, Line, OUTPUTS, Panel, Part, Rows, SCALES_BYTES};
 
+/// How far ahead a panel's lines are asked for.
+const AHEAD_BYTES: usize = 2048;
 /// Groups of four neighbouring elements in a block.
 const STEPS: usize = BLOCK / 4;
 
@@ -18,7 +20,7 @@ pub(super) fn quantize(part: Part<'_>) {
 }
 
 #[inline(always)]
-fn load(bytes: &Line) -> __m512i {
+pub(super) fn load(bytes: &Line) -> __m512i {
     #[expect(unsafe_code, reason = "sound: 64 bytes are there, and the load needs no alignment")]
     unsafe {
         _mm512_loadu_si512(bytes.as_ptr().cast())
@@ -28,15 +30,14 @@ fn load(bytes: &Line) -> __m512i {
 /// Asks for what is read next but a few blocks: the hardware's own prefetch ends at each page of 4 KiB.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(line: &Line) {
-    const AHEAD_BYTES: usize = 2048;
-    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD_BYTES).cast());
+pub(super) fn prefetch(line: &Line, ahead_bytes: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead_bytes).cast());
 }
 
 /// The scales of one block as f32.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn scales(bytes: &[u8; SCALES_BYTES]) -> __m512 {
+pub(super) fn scales(bytes: &[u8; SCALES_BYTES]) -> __m512 {
     #[expect(unsafe_code, reason = "sound: 32 bytes are there, and the load needs no alignment")]
     let halves = unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) };
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
@@ -103,7 +104,7 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
     for lines in panel.lines.chunks_exact(pair_lines) {
         if PREFETCH {
             for line in lines {
-                prefetch(line);
+                prefetch(line, AHEAD_BYTES);
             }
         }
         let Some((w_scales, lines)) = lines.split_first() else { return };
