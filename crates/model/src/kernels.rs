@@ -215,55 +215,79 @@ dispatch! {
     /// `sum += Σ weights[row] · max(products[row], 0)`
     fn add_positive(products: &[[f32; packed::OUTPUTS]], weights: &[f32], sum: &mut [f32; packed::OUTPUTS])
 }
-/// Rows `[rows, width]` and a matrix `[outputs, width]` that they are multiplied with.
+/// Rows and a matrix `[outputs, width]` that they are multiplied with.
 pub(crate) struct Product<'a> {
-    pub(crate) rows: &'a [f32],
     pub(crate) width: usize,
     pub(crate) outputs: usize,
-    pub(crate) matrix: Matrix<'a>,
+    pub(crate) factors: Factors<'a>,
 }
 
-/// A matrix `[outputs, width]`.
+/// Rows `[rows, width]` and a matrix `[outputs, width]`.
 #[derive(Clone, Copy)]
-pub(crate) enum Matrix<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [bf16]),
-    /// With the rows, quantized.
-    Packed {
-        bits: packed::Bits,
-        bytes: &'a [u8],
-        rows: &'a packed::Rows,
-    },
+pub(crate) enum Factors<'a> {
+    F32(&'a [f32], &'a [f32]),
+    Bf16(&'a [f32], &'a [bf16]),
+    Packed(&'a packed::Rows, packed::Bits, &'a [u8]),
 }
 
 impl Product<'_> {
     fn n_rows(&self) -> usize {
-        self.rows.len() / self.width
+        match self.factors {
+            Factors::F32(rows, _) | Factors::Bf16(rows, _) => rows.len() / self.width,
+            Factors::Packed(rows, ..) => rows.n_rows(),
+        }
     }
 
     /// Multiply-adds.
     fn work(&self) -> usize {
-        self.rows.len() * self.outputs
+        self.n_rows() * self.width * self.outputs
     }
 
     fn compute(&self, isa: Isa, y: &mut Columns<'_>) {
-        match self.matrix {
-            Matrix::F32(w) => self.compute_stored(isa, w, y),
-            Matrix::Bf16(w) => self.compute_stored(isa, w, y),
-            Matrix::Packed { bits, bytes, rows } => {
+        match self.factors {
+            Factors::F32(rows, w) => self.compute_stored(isa, rows, w, y),
+            Factors::Bf16(rows, w) => self.compute_stored(isa, rows, w, y),
+            Factors::Packed(rows, bits, bytes) => {
                 let panels = y.range().start / UNIT..y.range().end.div_ceil(UNIT);
                 packed::rows_with_panels(isa, bits, rows, bytes, self.width, panels, y);
             }
         }
     }
 
-    fn compute_stored<W: Weight>(&self, isa: Isa, w: &[W], y: &mut Columns<'_>) {
+    fn compute_stored<W: Weight>(&self, isa: Isa, rows: &[f32], w: &[W], y: &mut Columns<'_>) {
         let outputs = y.range();
         let mut part = vec![0.0; self.n_rows() * outputs.len()];
         let w = &w[outputs.start * self.width..outputs.end * self.width];
-        matmul(isa, self.rows, w, self.width, &mut part);
+        matmul(isa, rows, w, self.width, &mut part);
         for (row, part) in part.chunks_exact(outputs.len()).enumerate() {
             y.row(row).copy_from_slice(part);
+        }
+    }
+}
+
+/// Cuts a job of so many multiply-adds into tasks.
+struct Cut {
+    work: usize,
+    n_tasks: usize,
+}
+
+impl Cut {
+    fn new(work: usize) -> Self {
+        let n_threads = if work < PARALLEL_FROM { 1 } else { threads::count() };
+        Self { work, n_tasks: if n_threads == 1 { 1 } else { n_threads * TASKS_PER_THREAD } }
+    }
+
+    /// Of `n_units` that are `work` of it: how many a task has.
+    fn share(&self, n_units: usize, work: usize) -> usize {
+        let n_tasks = (work * self.n_tasks).div_ceil(self.work.max(1)).clamp(1, n_units.max(1));
+        n_units.div_ceil(n_tasks).max(1)
+    }
+
+    fn run<T: Send>(&self, tasks: Vec<T>, compute: impl Fn(T) + Sync) {
+        if self.n_tasks == 1 {
+            tasks.into_iter().for_each(compute);
+        } else {
+            threads::for_each(tasks, compute);
         }
     }
 }
@@ -272,24 +296,29 @@ impl Product<'_> {
 /// that each weight is read once.
 pub(crate) fn products(list: &[Product<'_>]) -> Vec<Vec<f32>> {
     let isa = Isa::detect();
-    let work: usize = list.iter().map(Product::work).sum();
-    let n_threads = if work < PARALLEL_FROM { 1 } else { threads::count() };
-    let tasks_wanted = if n_threads == 1 { 1 } else { n_threads * TASKS_PER_THREAD };
+    let cut = Cut::new(list.iter().map(Product::work).sum());
     let mut results: Vec<_> =
         list.iter().map(|product| vec![0.0; product.n_rows() * product.outputs]).collect();
-    let mut tasks = Vec::with_capacity(tasks_wanted + list.len());
+    let mut tasks = Vec::with_capacity(cut.n_tasks + list.len());
     for (product, y) in list.iter().zip(&mut results) {
-        let n_units = product.outputs.div_ceil(UNIT);
-        let n_tasks = (product.work() * tasks_wanted).div_ceil(work.max(1)).clamp(1, n_units.max(1));
-        let share = n_units.div_ceil(n_tasks) * UNIT;
+        let share = cut.share(product.outputs.div_ceil(UNIT), product.work()) * UNIT;
         tasks.extend(Columns::split(y, product.outputs, share).map(|columns| (product, columns)));
     }
-    let compute = |(product, mut columns): (&Product<'_>, Columns<'_>)| product.compute(isa, &mut columns);
-    if n_threads == 1 {
-        tasks.into_iter().for_each(compute);
-    } else {
-        threads::for_each(tasks, compute);
+    cut.run(tasks, |(product, mut columns)| product.compute(isa, &mut columns));
+    results
+}
+
+/// silu(gate x) · up x, quantized, in the same way.
+pub(crate) fn gated(list: &[packed::Gated<'_>]) -> Vec<packed::Rows> {
+    let isa = Isa::detect();
+    let cut = Cut::new(list.iter().map(packed::Gated::work).sum());
+    let mut results: Vec<_> = list.iter().map(|gated| gated.result(isa)).collect();
+    let mut tasks = Vec::with_capacity(cut.n_tasks + list.len());
+    for (gated, rows) in list.iter().zip(&mut results) {
+        let share = cut.share(gated.n_blocks(), gated.work());
+        tasks.extend(packed::Blocks::split(rows, gated.n_blocks(), share).map(|blocks| (gated, blocks)));
     }
+    cut.run(tasks, |(gated, mut blocks)| gated.compute(isa, &mut blocks));
     results
 }
 

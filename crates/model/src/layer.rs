@@ -162,10 +162,17 @@ impl Mlp {
         Self::apply_list(&[(self, normed)]).swap_remove(0)
     }
 
-    /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down.
+    /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down. What is packed is also
+    /// activated and quantized in the first one.
     pub(crate) fn apply_list(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
         let inputs: Vec<Input<'_>> = list.iter().map(|(_, rows)| Input::new(rows)).collect();
         let mlps = list.iter().map(|(mlp, _)| *mlp);
+        let pairs = mlps.clone().zip(&inputs).map(|(mlp, x)| (&mlp.gate_proj, &mlp.up_proj, x));
+        if let Some(gated) = Linear::gate_list(&pairs.collect::<Vec<_>>()) {
+            let gated: Vec<Input<'_>> = gated.into_iter().map(Input::of_quantized).collect();
+            let down = mlps.zip(&gated).map(|(mlp, gated)| (&mlp.down_proj, gated));
+            return Linear::apply_list(&down.collect::<Vec<_>>());
+        }
         let both = mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [(&mlp.gate_proj, x), (&mlp.up_proj, x)]);
         let mut gated = Linear::apply_list(&both.collect::<Vec<_>>());
         let n_gated = gated.iter().map(Vec::len).sum();

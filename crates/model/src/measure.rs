@@ -7,7 +7,7 @@ use half::bf16;
 use crate::{
     Bits, Error,
     checkpoint::memory::Memory,
-    kernels::{Attended, HEADS_MAX, Isa, Lines, Matrix, Product, attend, limits, packed, products, threads},
+    kernels::{Attended, Factors, HEADS_MAX, Isa, Lines, Product, attend, limits, packed, products, threads},
     tune::FILL,
 };
 
@@ -70,17 +70,16 @@ pub fn kernels(elapsed: &dyn Fn() -> Duration, huge_pages: bool) -> Result<Vec<F
         let x = vec![0.5; WIDTH];
         let rows = packed::Rows::quantize(&x, WIDTH);
         let value = rate(n_bytes as f64, &|| {
-            let matrix = Matrix::Packed { bits, bytes: &memory[..n_bytes], rows: &rows };
-            black_box(products(&[Product { rows: &x, width: WIDTH, outputs, matrix }]));
+            let factors = Factors::Packed(&rows, bits, &memory[..n_bytes]);
+            black_box(products(&[Product { width: WIDTH, outputs, factors }]));
         });
         figures.push(Figure { name: format!("{name}, 1 row"), unit: "GB/s", value, limit: read });
     }
     let halves: &[bf16] = bytemuck::cast_slice(&memory[..MEMORY_BYTES]);
     let x = vec![0.5; WIDTH];
     let value = rate(MEMORY_BYTES as f64, &|| {
-        let product =
-            Product { rows: &x, width: WIDTH, outputs: halves.len() / WIDTH, matrix: Matrix::Bf16(halves) };
-        black_box(products(&[product]));
+        let factors = Factors::Bf16(&x, halves);
+        black_box(products(&[Product { width: WIDTH, outputs: halves.len() / WIDTH, factors }]));
     });
     figures.push(Figure { name: "bf16, 1 row".to_owned(), unit: "GB/s", value, limit: read });
     for n_rows in [16, 64, 512] {
@@ -90,15 +89,15 @@ pub fn kernels(elapsed: &dyn Fn() -> Duration, huge_pages: bool) -> Result<Vec<F
         for (bits, name) in names {
             let n_bytes = bits.matrix_bytes(OUTPUTS, WIDTH);
             let value = rate(work, &|| {
-                let matrix = Matrix::Packed { bits, bytes: &memory[..n_bytes], rows: &rows };
-                black_box(products(&[Product { rows: &x, width: WIDTH, outputs: OUTPUTS, matrix }]));
+                let factors = Factors::Packed(&rows, bits, &memory[..n_bytes]);
+                black_box(products(&[Product { width: WIDTH, outputs: OUTPUTS, factors }]));
             });
             let name = format!("{name}, {n_rows} rows");
             figures.push(Figure { name, unit: "GOP/s", value, limit: peak_i8 });
         }
         let value = rate(work, &|| {
-            let matrix = Matrix::Bf16(&halves[..OUTPUTS * WIDTH]);
-            black_box(products(&[Product { rows: &x, width: WIDTH, outputs: OUTPUTS, matrix }]));
+            let factors = Factors::Bf16(&x, &halves[..OUTPUTS * WIDTH]);
+            black_box(products(&[Product { width: WIDTH, outputs: OUTPUTS, factors }]));
         });
         let name = format!("bf16, {n_rows} rows");
         figures.push(Figure { name, unit: "GFLOP/s", value, limit: peak_f32 });

@@ -8,8 +8,8 @@ use memmap2::Mmap;
 use crate::{
     checkpoint::packed::Blob,
     kernels::{
-        Matrix, Product, Weight,
-        packed::{self, Bits},
+        Factors, Product, Weight, gated,
+        packed::{self, Bits, Gated},
         products,
     },
 };
@@ -68,6 +68,11 @@ pub(crate) struct Input<'a> {
 impl<'a> Input<'a> {
     pub(crate) const fn new(rows: &'a [f32]) -> Self {
         Self { rows, quantized: OnceCell::new() }
+    }
+
+    /// Rows that no stored matrix is multiplied with.
+    pub(crate) fn of_quantized(rows: packed::Rows) -> Self {
+        Self { rows: &[], quantized: OnceCell::from(rows) }
     }
 
     fn quantized(&self, width: usize) -> &packed::Rows {
@@ -179,14 +184,30 @@ impl Linear {
         products(&list.iter().map(|(matrix, x)| matrix.product(x)).collect::<Vec<_>>())
     }
 
+    /// silu(gate x) · up x for several pairs of matrices, as one job of the threads; None if any is not packed.
+    pub(crate) fn gate_list(list: &[(&Self, &Self, &Input<'_>)]) -> Option<Vec<packed::Rows>> {
+        let gateds = list.iter().map(|(gate, up, x)| gate.gate(up, x)).collect::<Option<Vec<_>>>()?;
+        Some(gated(&gateds))
+    }
+
+    fn gate<'a>(&'a self, up: &'a Self, x: &'a Input<'_>) -> Option<Gated<'a>> {
+        let Self { outputs, width, .. } = *self;
+        match (self.view(), up.view()) {
+            (View::Packed(bits, gate), View::Packed(up_bits, up)) if bits == up_bits => {
+                Some(Gated { bits, gate, up, outputs, rows: x.quantized(width), width })
+            }
+            _ => None,
+        }
+    }
+
     fn product<'a>(&'a self, x: &'a Input<'_>) -> Product<'a> {
         let Self { outputs, width, .. } = *self;
-        let matrix = match self.view() {
-            View::F32(w) => Matrix::F32(w),
-            View::Bf16(w) => Matrix::Bf16(w),
-            View::Packed(bits, bytes) => Matrix::Packed { bits, bytes, rows: x.quantized(width) },
+        let factors = match self.view() {
+            View::F32(w) => Factors::F32(x.rows, w),
+            View::Bf16(w) => Factors::Bf16(x.rows, w),
+            View::Packed(bits, bytes) => Factors::Packed(x.quantized(width), bits, bytes),
         };
-        Product { rows: x.rows, width, outputs, matrix }
+        Product { width, outputs, factors }
     }
 
     /// Appends one row of the matrix as f32.

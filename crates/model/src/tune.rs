@@ -7,7 +7,7 @@ use std::{num::NonZeroUsize, time::Duration};
 use crate::{
     Bits, Error, Weights,
     checkpoint::memory::Memory,
-    kernels::{Matrix, Product, packed, products, threads::Threads},
+    kernels::{Factors, Product, packed, products, threads::Threads},
 };
 
 /// How a process computes.
@@ -67,7 +67,6 @@ pub(crate) const FILL: u8 = 0x3c;
 struct Probe {
     bytes: Memory,
     outputs: usize,
-    row: Vec<f32>,
     quantized: packed::Rows,
 }
 
@@ -77,13 +76,12 @@ impl Probe {
         let mut bytes = Memory::new(Bits::Eight.matrix_bytes(outputs, WIDTH), huge)
             .map_err(|error| Error::new(format!("no memory for the start-up test: {error}")))?;
         bytes.fill(FILL);
-        let row = vec![1.0; WIDTH];
-        Ok(Self { bytes, outputs, quantized: packed::Rows::quantize(&row, WIDTH), row })
+        Ok(Self { bytes, outputs, quantized: packed::Rows::quantize(&[1.0; WIDTH], WIDTH) })
     }
 
     fn run(&self) {
-        let matrix = Matrix::Packed { bits: Bits::Eight, bytes: &self.bytes, rows: &self.quantized };
-        products(&[Product { rows: &self.row, width: WIDTH, outputs: self.outputs, matrix }]);
+        let factors = Factors::Packed(&self.quantized, Bits::Eight, &self.bytes);
+        products(&[Product { width: WIDTH, outputs: self.outputs, factors }]);
     }
 }
 

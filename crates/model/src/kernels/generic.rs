@@ -16,7 +16,10 @@ pub(super) fn exp(x: f32) -> f32 {
     let r = n.mul_add(-LN_2_LOW, n.mul_add(-LN_2_HIGH, x));
     let polynomial = COEFFICIENTS.iter().fold(0.0_f32, |sum, coefficient| sum.mul_add(r, *coefficient));
     let power = polynomial.mul_add(r * r, r) + 1.0;
-    power * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // As an integer it is in the low bits of what it is added to. A cast would be the same, one number after the other.
+    const ROUNDER: f32 = 12_582_912.0;
+    let exponent = (n + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).wrapping_add(127);
+    power * f32::from_bits(exponent << 23)
 }
 
 /// 1 / (1 + e^-x)

@@ -16,6 +16,7 @@ pub(super) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod gated;
 #[cfg(target_arch = "aarch64")]
 pub(super) mod neon;
 mod scalar;
@@ -24,6 +25,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+pub(crate) use self::gated::{Blocks, Gated};
 use super::{Columns, Isa, threads};
 
 /// Outputs of a panel.
@@ -48,6 +50,31 @@ const WIDE_FROM: usize = 4;
 
 /// Rows that it multiplies at once.
 const WIDE_ROWS: usize = 4;
+
+/// A number that is added to 1.5 × 2²³ is rounded there, ties to even.
+const ROUNDER: f32 = 12_582_912.0;
+
+/// What quantizing a block takes. Only code that is compiled for its instruction set, after it was detected, may use it.
+trait Quantize {
+    /// The largest magnitude, as bits: they are ordered as the magnitudes are, and a NaN's are above all.
+    fn largest(x: &[f32; BLOCK]) -> u32;
+
+    /// `x * inverse`, rounded to whole numbers, and their sum.
+    fn round(x: &[f32; BLOCK], inverse: f32, numbers: &mut [i8; BLOCK]) -> i32;
+
+    /// Gives the scale and the sum of the numbers. A block with a number that is not finite has a scale that is none: so
+    /// are all sums with it.
+    #[inline(always)]
+    fn quantize(x: &[f32; BLOCK], numbers: &mut [i8; BLOCK]) -> (f32, i32) {
+        let largest = f32::from_bits(Self::largest(x));
+        if !largest.is_finite() {
+            return (f32::NAN, 0);
+        }
+        // Of a block of the smallest numbers that there are, the inverse would be infinite.
+        let inverse = if largest > 0.0 { (127.0 / largest).min(f32::MAX) } else { 0.0 };
+        (largest / 127.0, Self::round(x, inverse, numbers))
+    }
+}
 
 /// How many bits a quantized number has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -155,21 +182,8 @@ impl Rows {
     }
 
     fn quantize_for(isa: Isa, x: &[f32], width: usize) -> Self {
-        let blocks = blocks(width);
-        let n_rows = x.len() / width;
-        let is_tiled = isa.has_tiles() && n_rows > GROUP;
-        let group = if is_tiled { TILE_ROWS } else { GROUP };
-        let n = blocks * if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
-        let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
-        let mut rows = Self {
-            n_rows,
-            group,
-            blocks,
-            numbers: vec![[0; BLOCK]; n],
-            scales: vec![0.0; n],
-            biases: vec![[0; 2]; n],
-            wide: vec![[[0; WIDE_ROWS]; BLOCK / 2]; groups * blocks],
-        };
+        let mut rows = Self::zeros(isa, x.len() / width, width);
+        let (blocks, group) = (rows.blocks, rows.group);
         let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
         let parts = x
             .chunks(ROWS_PART * width)
@@ -184,6 +198,27 @@ impl Rows {
             .collect();
         threads::for_each(parts, |part| quantize_with(isa, part));
         rows
+    }
+
+    fn zeros(isa: Isa, n_rows: usize, width: usize) -> Self {
+        let blocks = blocks(width);
+        let is_tiled = isa.has_tiles() && n_rows > GROUP;
+        let group = if is_tiled { TILE_ROWS } else { GROUP };
+        let n = blocks * if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
+        let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
+        Self {
+            n_rows,
+            group,
+            blocks,
+            numbers: vec![[0; BLOCK]; n],
+            scales: vec![0.0; n],
+            biases: vec![[0; 2]; n],
+            wide: vec![[[0; WIDE_ROWS]; BLOCK / 2]; groups * blocks],
+        }
+    }
+
+    pub(crate) const fn n_rows(&self) -> usize {
+        self.n_rows
     }
 
     /// The group that begins with row `first`.
@@ -221,21 +256,21 @@ impl<'a> Row<'a> {
 
 fn quantize_with(isa: Isa, part: Part<'_>) {
     match isa {
-        Isa::Baseline => quantize(part),
+        Isa::Baseline => quantize::<scalar::Scalar>(part),
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx2 => unsafe { avx2::quantize(part) },
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx512 | Isa::Amx => unsafe { avx512::quantize(part) },
-        // The baseline of aarch64 has what it needs.
+        // The compiler makes vectors of it.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => quantize(part),
+        Isa::Neon => quantize::<scalar::Scalar>(part),
     }
 }
 
 #[inline(always)]
-fn quantize(part: Part<'_>) {
+fn quantize<Q: Quantize>(part: Part<'_>) {
     let Part { x, width, group: group_rows, numbers, scales, biases, wide } = part;
     let blocks = blocks(width);
     for (group, x) in x.chunks(group_rows * width).enumerate() {
@@ -243,27 +278,33 @@ fn quantize(part: Part<'_>) {
         for (row, x) in x.chunks_exact(width).enumerate() {
             for (block, x) in x.chunks(BLOCK).enumerate() {
                 let at = group * group_rows * blocks + block * n_rows + row;
-                let (scale, sum) = match x.as_array() {
-                    Some(x) => scalar::quantize(x, &mut numbers[at]),
-                    None => {
-                        // What is missing of the last block reads as zeros.
-                        let mut whole = [0.0; BLOCK];
-                        whole[..x.len()].copy_from_slice(x);
-                        scalar::quantize(&whole, &mut numbers[at])
-                    }
-                };
+                // What is missing of the last block reads as zeros.
+                let mut whole = [0.0; BLOCK];
+                let x = x.as_array().unwrap_or_else(|| {
+                    whole[..x.len()].copy_from_slice(x);
+                    &whole
+                });
+                let (scale, sum) = Q::quantize(x, &mut numbers[at]);
                 scales[at] = scale;
-                biases[at] = [-128 * sum, -8 * sum];
+                biases[at] = biases_of(sum);
                 if !wide.is_empty() {
                     let row = group * group_rows + row;
-                    let wide = &mut wide[row / WIDE_ROWS * blocks + block];
-                    for (wide, pair) in wide.iter_mut().zip(numbers[at].as_chunks::<2>().0) {
-                        let [low, high] = pair.map(i32::from);
-                        wide[row % WIDE_ROWS] = low & 0xffff | high << 16;
-                    }
+                    widen(&numbers[at], row, &mut wide[row / WIDE_ROWS * blocks + block]);
                 }
             }
         }
+    }
+}
+
+const fn biases_of(sum: i32) -> Biases {
+    [-128 * sum, -8 * sum]
+}
+
+#[inline(always)]
+fn widen(numbers: &[i8; BLOCK], row: usize, wide: &mut WideBlock) {
+    for (wide, pair) in wide.iter_mut().zip(numbers.as_chunks::<2>().0) {
+        let [low, high] = pair.map(i32::from);
+        wide[row % WIDE_ROWS] = low & 0xffff | high << 16;
     }
 }
 
@@ -442,8 +483,10 @@ pub(crate) fn rows_with_panels(
             rows_with_panel(isa, bits, x, first, Panel::of(bits, packed, width, panel), sums);
             for (row, sums) in sums.iter().enumerate() {
                 let y = &mut y.row(first + row)[at * OUTPUTS..];
-                let n = OUTPUTS.min(y.len());
-                y[..n].copy_from_slice(&sums[..n]);
+                match y.first_chunk_mut() {
+                    Some(y) => *y = *sums,
+                    None => y.copy_from_slice(&sums[..y.len()]),
+                }
             }
         }
     }

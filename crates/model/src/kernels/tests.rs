@@ -103,7 +103,7 @@ mod candle {
             |values: &[f32], rows| Tensor::from_slice(values, (rows, values.len() / rows), &device).unwrap();
         let x_tensor = tensor(&x, 5);
         let product = x_tensor.matmul(&tensor(&w, 11).t().unwrap()).unwrap();
-        let product_of = Product { rows: &x, width: 37, outputs: 11, matrix: Matrix::F32(&w) };
+        let product_of = Product { width: 37, outputs: 11, factors: Factors::F32(&x, &w) };
         let ours = &products(&[product_of])[0];
         check(&ours.iter().map(|y| y / 40.0).collect::<Vec<_>>(), &(product / 40.0).unwrap());
 

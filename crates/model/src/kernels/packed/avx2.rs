@@ -7,12 +7,61 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Part, Row, Rows, SCALES_BYTES, WIDE_ROWS};
+use super::{
+    BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES, WIDE_ROWS, gated,
+};
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn quantize(part: Part<'_>) {
-    // The same code: the compiler makes vectors of it.
-    super::quantize(part);
+    super::quantize::<Avx2>(part);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn gate(part: gated::Part<'_, '_>) {
+    gated::gate::<Avx2>(part);
+}
+
+pub(super) struct Avx2;
+
+#[expect(
+    unsafe_code,
+    reason = "sound: used after AVX2 was detected; 32 numbers are there, no access needs alignment"
+)]
+impl Quantize for Avx2 {
+    #[inline(always)]
+    fn largest(x: &[f32; BLOCK]) -> u32 {
+        unsafe {
+            let magnitudes = |at: usize| {
+                _mm256_and_si256(_mm256_loadu_si256(x[at..].as_ptr().cast()), _mm256_set1_epi32(i32::MAX))
+            };
+            let first = _mm256_max_epu32(magnitudes(0), magnitudes(8));
+            let all = _mm256_max_epu32(first, _mm256_max_epu32(magnitudes(16), magnitudes(24)));
+            let four = _mm_max_epu32(_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all));
+            let two = _mm_max_epu32(four, _mm_shuffle_epi32::<0b1110>(four));
+            _mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32::<0b01>(two))) as u32
+        }
+    }
+
+    #[inline(always)]
+    fn round(x: &[f32; BLOCK], inverse: f32, numbers: &mut [i8; BLOCK]) -> i32 {
+        unsafe {
+            let (inverse, rounder) = (_mm256_set1_ps(inverse), _mm256_set1_ps(ROUNDER));
+            let round = |at: usize| {
+                let x = _mm256_loadu_ps(x[at..].as_ptr());
+                let rounded = _mm256_add_ps(_mm256_mul_ps(x, inverse), rounder);
+                _mm256_sub_epi32(_mm256_castps_si256(rounded), _mm256_castps_si256(rounder))
+            };
+            let (a, b, c, d) = (round(0), round(8), round(16), round(24));
+            // Packing goes by halves of registers: fours of bytes are put back in order.
+            let packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            _mm256_storeu_si256(numbers.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(packed, order));
+            let all = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+            let four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all));
+            let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b1110>(four));
+            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b01>(two)))
+        }
+    }
 }
 
 #[inline]

@@ -6,7 +6,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, Bits, GROUP, Group, Line, OUTPUTS, Panel, Part, Rows, SCALES_BYTES};
+use super::{
+    BLOCK, Bits, GROUP, Group, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, gated,
+};
 
 /// How far ahead a panel's lines are asked for.
 const AHEAD_BYTES: usize = 2048;
@@ -15,8 +17,44 @@ const STEPS: usize = BLOCK / 4;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 pub(super) fn quantize(part: Part<'_>) {
-    // The same code: the compiler makes vectors of it.
-    super::quantize(part);
+    super::quantize::<Avx512>(part);
+}
+
+pub(super) struct Avx512;
+
+#[expect(
+    unsafe_code,
+    reason = "sound: used after AVX-512 was detected; 32 numbers are there, no access needs alignment"
+)]
+impl Quantize for Avx512 {
+    #[inline(always)]
+    fn largest(x: &[f32; BLOCK]) -> u32 {
+        unsafe {
+            let magnitudes = |x| _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(i32::MAX));
+            let (low, high) = (magnitudes(x.as_ptr().cast()), magnitudes(x[16..].as_ptr().cast()));
+            _mm512_reduce_max_epu32(_mm512_max_epu32(low, high))
+        }
+    }
+
+    #[inline(always)]
+    fn round(x: &[f32; BLOCK], inverse: f32, numbers: &mut [i8; BLOCK]) -> i32 {
+        unsafe {
+            let (inverse, rounder) = (_mm512_set1_ps(inverse), _mm512_set1_ps(ROUNDER));
+            let round = |x| {
+                let rounded = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(x), inverse), rounder);
+                _mm512_sub_epi32(_mm512_castps_si512(rounded), _mm512_castps_si512(rounder))
+            };
+            let (low, high) = (round(x.as_ptr()), round(x[16..].as_ptr()));
+            _mm_storeu_si128(numbers.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(low));
+            _mm_storeu_si128(numbers[16..].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(high));
+            _mm512_reduce_add_epi32(_mm512_add_epi32(low, high))
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn gate(part: gated::Part<'_, '_>) {
+    gated::gate::<Avx512>(part);
 }
 
 #[inline(always)]

@@ -2,30 +2,26 @@
 
 use std::ops::Range;
 
-use super::{BLOCK, Bits, OUTPUTS, Panel, Row};
+use super::{BLOCK, Bits, OUTPUTS, Panel, Quantize, ROUNDER, Row};
 
-/// Gives a block's scale and the sum of its numbers. A block with a number that is not finite has a scale that is none: so
-/// are all sums with it.
-///
-/// Maximum and rounding are on integers, which every instruction set has vectors of: magnitudes are ordered as their bits
-/// are, and a number that is added to 1.5 × 2²³ is rounded there, ties to even.
-#[inline(always)]
-pub(super) fn quantize(x: &[f32; BLOCK], numbers: &mut [i8; BLOCK]) -> (f32, i32) {
-    const ROUNDER: f32 = 12_582_912.0;
-    let largest = x.iter().fold(0, |largest, x| u32::max(largest, x.abs().to_bits()));
-    let largest = f32::from_bits(largest);
-    if !largest.is_finite() {
-        return (f32::NAN, 0);
+pub(super) struct Scalar;
+
+impl Quantize for Scalar {
+    #[inline(always)]
+    fn largest(x: &[f32; BLOCK]) -> u32 {
+        x.iter().fold(0, |largest, x| u32::max(largest, x.abs().to_bits()))
     }
-    // Of a block of the smallest numbers that there are, the inverse would be infinite.
-    let inverse = if largest > 0.0 { (127.0 / largest).min(f32::MAX) } else { 0.0 };
-    let mut sum = 0;
-    for (number, x) in numbers.iter_mut().zip(x) {
-        let rounded = (x * inverse + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
-        *number = rounded as i8;
-        sum += rounded;
+
+    #[inline(always)]
+    fn round(x: &[f32; BLOCK], inverse: f32, numbers: &mut [i8; BLOCK]) -> i32 {
+        let mut sum = 0;
+        for (number, x) in numbers.iter_mut().zip(x) {
+            let rounded = (x * inverse + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
+            *number = rounded as i8;
+            sum += rounded;
+        }
+        sum
     }
-    (largest / 127.0, sum)
 }
 
 /// Element `at` of a block of output `o`.

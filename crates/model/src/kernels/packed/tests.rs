@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernels::{Matrix, Product, products as multiply, tests::bits as of};
+use crate::kernels::{Factors, Product, products as multiply, tests::bits as of};
 
 fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
     let mut packed = vec![0; bits.matrix_bytes(w.len() / width, width)];
@@ -25,8 +25,8 @@ fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<
 /// Through the way that everything takes.
 fn matmul(bits: Bits, x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
     let (rows, bytes) = (Rows::quantize(x, width), packed(bits, w, width));
-    let matrix = Matrix::Packed { bits, bytes: &bytes, rows: &rows };
-    multiply(&[Product { rows: x, width, outputs: w.len() / width, matrix }]).remove(0)
+    let factors = Factors::Packed(&rows, bits, &bytes);
+    multiply(&[Product { width, outputs: w.len() / width, factors }]).remove(0)
 }
 
 proptest! {
@@ -139,6 +139,48 @@ fn the_smallest_numbers_are_small() {
         for bits in [Bits::Eight, Bits::Four] {
             let y = matmul(bits, &[tiny; 32], &[tiny; 32], 32);
             assert!(y[0].abs() < 1e-30, "{tiny}, {bits:?}: {y:?}");
+        }
+    }
+}
+
+proptest! {
+    /// In one pass: the same numbers, scales and sums as one after the other.
+    #[test]
+    fn gated_rows_are_those_of_two_products_activated_and_quantized(
+        (width, x, gate, up) in (1_usize..100, 1_usize..40, 1_usize..80).prop_flat_map(|(width, rows, outputs)| {
+            let values = |n: usize| proptest::collection::vec(-2.0_f32..2.0, n * width);
+            (Just(width), values(rows), values(outputs), values(outputs))
+        })
+    ) {
+        let outputs = gate.len() / width;
+        for bits in [Bits::Eight, Bits::Four] {
+            let mut wanted = matmul(bits, &x, &gate, width);
+            crate::kernels::silu_mul(&mut wanted, &matmul(bits, &x, &up, width));
+            let [gate, up] = [&gate, &up].map(|w| packed(bits, w, width));
+            for isa in Isa::all() {
+                let rows = &Rows::quantize_for(isa, &x, width);
+                let gated = Gated { bits, gate: &gate, up: &up, outputs, rows, width };
+                let mut result = gated.result(isa);
+                for mut blocks in Blocks::split(&mut result, gated.n_blocks(), 2) {
+                    gated.compute(isa, &mut blocks);
+                }
+                let wanted = Rows::quantize_for(isa, &wanted, outputs);
+                prop_assert_eq!(&result.numbers, &wanted.numbers);
+                prop_assert_eq!(of(&result.scales), of(&wanted.scales));
+                prop_assert_eq!(&result.biases, &wanted.biases);
+                prop_assert_eq!(&result.wide, &wanted.wide);
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_quantized_the_same_everywhere(x in proptest::array::uniform32(proptest::num::f32::ANY)) {
+        let quantized = |isa| {
+            let rows = Rows::quantize_for(isa, &x, BLOCK);
+            (rows.numbers[0], rows.scales[0].to_bits(), rows.biases[0])
+        };
+        for isa in Isa::all() {
+            prop_assert_eq!(quantized(isa), quantized(Isa::Baseline));
         }
     }
 }

@@ -1,0 +1,172 @@
+//! gate_proj, up_proj, SwiGLU and the quantizing of what comes of it in one pass: 32 outputs of both matrices are a block of
+//! the rows that down_proj is multiplied with. What is between is never in memory.
+
+use std::{marker::PhantomData, ops::Range};
+
+use super::{
+    super::generic::silu_mul, BLOCK, Biases, Bits, Isa, OUTPUTS, Panel, Quantize, ROWS_PASS, Rows, WideBlock,
+    biases_of, rows_with_panel, scalar, widen,
+};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+
+/// Panels of a block of outputs.
+const PANELS: usize = BLOCK / OUTPUTS;
+
+/// The packed gate_proj and up_proj `[outputs, width]` of one MLP, and the rows `[rows, width]` that they are for.
+#[derive(Clone, Copy)]
+pub(crate) struct Gated<'a> {
+    pub(crate) bits: Bits,
+    pub(crate) gate: &'a [u8],
+    pub(crate) up: &'a [u8],
+    pub(crate) outputs: usize,
+    pub(crate) rows: &'a Rows,
+    pub(crate) width: usize,
+}
+
+/// Some blocks of rows that several threads fill, each with blocks of its own.
+pub(crate) struct Blocks<'a> {
+    numbers: *mut [i8; BLOCK],
+    scales: *mut f32,
+    biases: *mut Biases,
+    /// None where no kernel reads them.
+    wide: Option<*mut WideBlock>,
+    n_rows: usize,
+    /// With those that fill up the last tile.
+    n_places: usize,
+    group: usize,
+    blocks: usize,
+    range: Range<usize>,
+    rows: PhantomData<&'a mut Rows>,
+}
+
+#[expect(unsafe_code, reason = "sound: as a `&mut Rows` is, since no two hold the same block")]
+unsafe impl Send for Blocks<'_> {}
+
+/// Products of some rows with one block's panels of both matrices, and where they go.
+pub(super) struct Part<'p, 'r> {
+    gate: &'p mut [Vec<[f32; OUTPUTS]>; PANELS],
+    up: &'p [Vec<[f32; OUTPUTS]>; PANELS],
+    first: usize,
+    n_rows: usize,
+    block: usize,
+    to: &'p mut Blocks<'r>,
+}
+
+impl Gated<'_> {
+    /// Blocks of outputs.
+    pub(crate) const fn n_blocks(&self) -> usize {
+        self.outputs.div_ceil(BLOCK)
+    }
+
+    /// Multiply-adds.
+    pub(crate) const fn work(&self) -> usize {
+        2 * self.rows.n_rows() * self.width * self.outputs
+    }
+
+    /// Rows of zeros for the result.
+    pub(crate) fn result(&self, isa: Isa) -> Rows {
+        Rows::zeros(isa, self.rows.n_rows(), self.outputs)
+    }
+
+    /// silu(gate x) · up x for the outputs of some blocks.
+    pub(crate) fn compute(&self, isa: Isa, to: &mut Blocks<'_>) {
+        let n_panels = self.outputs.div_ceil(OUTPUTS);
+        let n_rows = self.rows.n_rows().min(ROWS_PASS);
+        let sums = || std::array::from_fn(|_| vec![[0.0; OUTPUTS]; n_rows]);
+        let (mut gate, mut up): ([Vec<_>; PANELS], [Vec<_>; PANELS]) = (sums(), sums());
+        for first in (0..self.rows.n_rows()).step_by(ROWS_PASS) {
+            let n_rows = ROWS_PASS.min(self.rows.n_rows() - first);
+            for block in to.range.clone() {
+                for at in 0..PANELS {
+                    for (packed, sums) in [(self.gate, &mut gate[at]), (self.up, &mut up[at])] {
+                        let (panel, sums) = (block * PANELS + at, &mut sums[..n_rows]);
+                        if panel < n_panels {
+                            let panel = Panel::of(self.bits, packed, self.width, panel);
+                            rows_with_panel(isa, self.bits, self.rows, first, panel, sums);
+                        } else {
+                            sums.fill([0.0; OUTPUTS]);
+                        }
+                    }
+                }
+                gate_with(isa, Part { gate: &mut gate, up: &up, first, n_rows, block, to });
+            }
+        }
+    }
+}
+
+fn gate_with(isa: Isa, part: Part<'_, '_>) {
+    match isa {
+        Isa::Baseline => gate::<scalar::Scalar>(part),
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx2 => unsafe { avx2::gate(part) },
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512::gate(part) },
+        // The compiler makes vectors of it.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => gate::<scalar::Scalar>(part),
+    }
+}
+
+#[inline(always)]
+pub(super) fn gate<Q: Quantize>(part: Part<'_, '_>) {
+    let Part { gate, up, first, n_rows, block, to } = part;
+    for (gate, up) in gate.iter_mut().zip(up) {
+        silu_mul(gate[..n_rows].as_flattened_mut(), up[..n_rows].as_flattened());
+    }
+    let [low, high] = gate;
+    for (row, (low, high)) in low.iter().zip(high).take(n_rows).enumerate() {
+        let mut x = [0.0; BLOCK];
+        x[..OUTPUTS].copy_from_slice(low);
+        x[OUTPUTS..].copy_from_slice(high);
+        to.put::<Q>(first + row, block, &x);
+    }
+}
+
+impl<'a> Blocks<'a> {
+    /// Cuts `rows` between blocks of the first `n_blocks`: `share` of them each, the last what is left.
+    pub(crate) fn split(rows: &'a mut Rows, n_blocks: usize, share: usize) -> impl Iterator<Item = Self> {
+        assert!(n_blocks <= rows.blocks, "{n_blocks} blocks of {}", rows.blocks);
+        let &mut Rows { n_rows, group, blocks, .. } = rows;
+        let n_places = rows.numbers.len() / blocks;
+        let (numbers, scales) = (rows.numbers.as_mut_ptr(), rows.scales.as_mut_ptr());
+        let (biases, has_wide) = (rows.biases.as_mut_ptr(), !rows.wide.is_empty());
+        let wide = has_wide.then(|| rows.wide.as_mut_ptr());
+        (0..n_blocks).step_by(share).map(move |start| Self {
+            numbers,
+            scales,
+            biases,
+            wide,
+            n_rows,
+            n_places,
+            group,
+            blocks,
+            range: start..(start + share).min(n_blocks),
+            rows: PhantomData,
+        })
+    }
+
+    /// Quantizes one block of one row.
+    #[inline(always)]
+    fn put<Q: Quantize>(&mut self, row: usize, block: usize, x: &[f32; BLOCK]) {
+        assert!(row < self.n_rows && self.range.contains(&block), "block {block} of row {row}");
+        let in_group = row % self.group;
+        let first = row - in_group;
+        let at = first * self.blocks + block * self.group.min(self.n_places - first) + in_group;
+        #[expect(
+            unsafe_code,
+            reason = "sound: the block is one of the rows', which outlive this, and nobody else has this one of any row"
+        )]
+        unsafe {
+            let numbers = &mut *self.numbers.add(at);
+            let (scale, sum) = Q::quantize(x, numbers);
+            *self.scales.add(at) = scale;
+            *self.biases.add(at) = biases_of(sum);
+            if let Some(wide) = self.wide {
+                widen(numbers, row, &mut *wide.add(row / super::WIDE_ROWS * self.blocks + block));
+            }
+        }
+    }
+}
