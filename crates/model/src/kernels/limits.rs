@@ -37,7 +37,7 @@ pub(crate) fn multiply_f32(seed: f32) -> (usize, f32) {
     }
 }
 
-/// int8 multiply-adds, as many as it returns, of the best kind that a product's kernel could use.
+/// int8 multiply-adds, as many as it returns, of the best kind of a product's kernel; of AVX-512 where there are tiles.
 pub(crate) fn multiply_i8(seed: i8) -> (usize, i32) {
     match Isa::detect() {
         Isa::Baseline => generic::multiply_i8(seed),
@@ -50,6 +50,15 @@ pub(crate) fn multiply_i8(seed: i8) -> (usize, i32) {
         #[cfg(target_arch = "aarch64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Neon => unsafe { arm::neon(seed) },
+    }
+}
+
+/// The same of tiles, where there are any.
+pub(crate) fn multiply_tiles() -> Option<usize> {
+    match Isa::detect() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => Some(super::packed::amx::multiply(TURNS / 64)),
+        _ => None,
     }
 }
 

@@ -42,6 +42,8 @@ const GROUP: usize = 8;
 const TILE_ROWS: usize = 16;
 /// Rows that meet a task's panels before the next ones do: they stay in the second cache.
 const ROWS_PASS: usize = 128;
+/// Panels whose outputs of a row are stored together: rows are pages apart.
+const PANELS_PASS: usize = 4;
 /// Rows that are quantized by one thread.
 const ROWS_PART: usize = 2 * GROUP;
 
@@ -475,17 +477,23 @@ pub(crate) fn rows_with_panels(
     panels: Range<usize>,
     y: &mut Columns<'_>,
 ) {
-    let mut sums = vec![[0.0; OUTPUTS]; x.n_rows.min(ROWS_PASS)];
+    let rows_max = x.n_rows.min(ROWS_PASS);
+    let mut sums = vec![[0.0; OUTPUTS]; rows_max * PANELS_PASS];
     for first in (0..x.n_rows).step_by(ROWS_PASS) {
         let n_rows = ROWS_PASS.min(x.n_rows - first);
-        let sums = &mut sums[..n_rows];
-        for (at, panel) in panels.clone().enumerate() {
-            rows_with_panel(isa, bits, x, first, Panel::of(bits, packed, width, panel), sums);
-            for (row, sums) in sums.iter().enumerate() {
-                let y = &mut y.row(first + row)[at * OUTPUTS..];
-                match y.first_chunk_mut() {
-                    Some(y) => *y = *sums,
-                    None => y.copy_from_slice(&sums[..y.len()]),
+        for start in panels.clone().step_by(PANELS_PASS) {
+            let some = start..(start + PANELS_PASS).min(panels.end);
+            for (panel, sums) in some.clone().zip(sums.chunks_exact_mut(rows_max)) {
+                let panel = Panel::of(bits, packed, width, panel);
+                rows_with_panel(isa, bits, x, first, panel, &mut sums[..n_rows]);
+            }
+            for row in 0..n_rows {
+                let y = &mut y.row(first + row)[(start - panels.start) * OUTPUTS..];
+                for (y, sums) in y.chunks_mut(OUTPUTS).zip(sums.chunks_exact(rows_max)).take(some.len()) {
+                    match y.as_mut_array() {
+                        Some(y) => *y = sums[row],
+                        None => y.copy_from_slice(&sums[row][..y.len()]),
+                    }
                 }
             }
         }

@@ -49,7 +49,9 @@ struct Config {
     rows: [u8; 16],
 }
 
-static CONFIG: Config = {
+static CONFIG: Config = TILES;
+
+const TILES: Config = {
     let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
     let mut at = 0;
     while at < 2 {
@@ -60,6 +62,38 @@ static CONFIG: Config = {
     }
     Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
 };
+
+/// Multiply-adds of so many turns from registers, as many as it returns: four tiles of 64 elements, which take turns.
+#[expect(unsafe_code, reason = "sound: where AMX was granted; it uses registers alone")]
+pub(in super::super) fn multiply(turns: usize) -> usize {
+    static WIDE: Config = {
+        let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+        let mut at = 0;
+        while at < 8 {
+            (rows[at], row_bytes[at]) = (TILE_ROWS as u8, size_of::<Line>() as u16);
+            at += 1;
+        }
+        Config { row_bytes, rows, ..TILES }
+    };
+    unsafe {
+        asm!(
+            "ldtilecfg [{config}]",
+            "2:",
+            "tdpbssd tmm0, tmm4, tmm5",
+            "tdpbssd tmm1, tmm4, tmm5",
+            "tdpbssd tmm2, tmm4, tmm5",
+            "tdpbssd tmm3, tmm4, tmm5",
+            "dec {turns}",
+            "jnz 2b",
+            "tilerelease",
+            config = in(reg) &WIDE,
+            turns = inout(reg) turns.max(1) => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+            options(nostack, readonly),
+        );
+    }
+    turns.max(1) * 4 * TILE_ROWS * OUTPUTS * 64
+}
 
 /// What is needed of some blocks of a panel, and where their tiles go.
 #[repr(align(64))]

@@ -133,7 +133,7 @@ impl<'a> Blocks<'a> {
         let n_places = rows.numbers.len() / blocks;
         let (numbers, scales) = (rows.numbers.as_mut_ptr(), rows.scales.as_mut_ptr());
         let (biases, has_wide) = (rows.biases.as_mut_ptr(), !rows.wide.is_empty());
-        let wide = has_wide.then(|| rows.wide.as_mut_ptr());
+        let wide = has_wide.then_some(rows.wide.as_mut_ptr());
         (0..n_blocks).step_by(share).map(move |start| Self {
             numbers,
             scales,
