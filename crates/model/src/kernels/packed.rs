@@ -93,6 +93,9 @@ pub enum Bits {
 #[derive(Debug)]
 pub(crate) struct Rows {
     n_rows: usize,
+    /// With those that fill up the last tile.
+    n_places: usize,
+    /// A power of two.
     group: usize,
     blocks: usize,
     numbers: Vec<[i8; BLOCK]>,
@@ -206,10 +209,12 @@ impl Rows {
         let blocks = blocks(width);
         let is_tiled = isa.has_tiles() && n_rows > GROUP;
         let group = if is_tiled { TILE_ROWS } else { GROUP };
-        let n = blocks * if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
+        let n_places = if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
+        let n = n_places * blocks;
         let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
         Self {
             n_rows,
+            n_places,
             group,
             blocks,
             numbers: vec![[0; BLOCK]; n],
@@ -225,7 +230,7 @@ impl Rows {
 
     /// The group that begins with row `first`.
     fn group(&self, first: usize) -> Group<'_> {
-        let n_rows = self.group.min(self.numbers.len() / self.blocks - first);
+        let n_rows = self.group.min(self.n_places - first);
         let of_group = first * self.blocks..(first + n_rows) * self.blocks;
         Group {
             n_rows,
@@ -235,8 +240,9 @@ impl Rows {
         }
     }
 
+    /// Without a division, which would be noticed.
     fn row(&self, row: usize) -> Row<'_> {
-        let in_group = row % self.group;
+        let in_group = row & (self.group - 1);
         Row { group: self.group(row - in_group), row: in_group }
     }
 }

@@ -129,8 +129,7 @@ impl<'a> Blocks<'a> {
     /// Cuts `rows` between blocks of the first `n_blocks`: `share` of them each, the last what is left.
     pub(crate) fn split(rows: &'a mut Rows, n_blocks: usize, share: usize) -> impl Iterator<Item = Self> {
         assert!(n_blocks <= rows.blocks, "{n_blocks} blocks of {}", rows.blocks);
-        let &mut Rows { n_rows, group, blocks, .. } = rows;
-        let n_places = rows.numbers.len() / blocks;
+        let &mut Rows { n_rows, n_places, group, blocks, .. } = rows;
         let (numbers, scales) = (rows.numbers.as_mut_ptr(), rows.scales.as_mut_ptr());
         let (biases, has_wide) = (rows.biases.as_mut_ptr(), !rows.wide.is_empty());
         let wide = has_wide.then_some(rows.wide.as_mut_ptr());
@@ -152,7 +151,7 @@ impl<'a> Blocks<'a> {
     #[inline(always)]
     fn put<Q: Quantize>(&mut self, row: usize, block: usize, x: &[f32; BLOCK]) {
         assert!(row < self.n_rows && self.range.contains(&block), "block {block} of row {row}");
-        let in_group = row % self.group;
+        let in_group = row & (self.group - 1);
         let first = row - in_group;
         let at = first * self.blocks + block * self.group.min(self.n_places - first) + in_group;
         #[expect(
