@@ -158,8 +158,12 @@ impl Flight {
                 let n_orders = orders.len();
                 let as_pairs = self.pieces[root].as_pairs;
                 let purpose = Purpose { kind: Kind::Probe, cause: Some("its time out is over".to_owned()) };
-                let cover = vec![self.send(part, as_pairs, Some(root), &purpose, around, &mut orders)];
-                self.pieces[root].covers.push(cover);
+                let probe = self.send(part, as_pairs, Some(root), &purpose, around, &mut orders);
+                self.pieces[root].covers.push(vec![probe]);
+                // The frame that it goes along with is hedged, if need be.
+                if let State::Out(sent) = &mut self.pieces[probe].state {
+                    sent.hedge_at = None;
+                }
                 around.health.probe(&holder, orders[n_orders].frame.id);
             }
         }
@@ -209,8 +213,7 @@ impl Flight {
         orders.push(Order { holder: holder.clone(), frame });
         around.counts.frames += 1;
         around.health.sent(&holder, frame_id, slots.len(), around.now);
-        let mut tried = parent.map_or_else(Vec::new, |parent| self.pieces[parent].tried.clone());
-        tried.push(Tried { holder: holder.clone(), epoch, excused: false });
+        let tried = Some(Tried { holder: holder.clone(), epoch, excused: false });
         let sent = Sent {
             holder,
             epoch,
@@ -235,7 +238,7 @@ impl Flight {
 
     fn orphan(&mut self, slots: Vec<Slot>, as_pairs: bool, parent: Option<PieceIdx>) -> PieceIdx {
         let piece =
-            Piece { slots, as_pairs, parent, tried: Vec::new(), state: State::Orphaned, covers: Vec::new() };
+            Piece { slots, as_pairs, parent, tried: None, state: State::Orphaned, covers: Vec::new() };
         self.pieces.push(piece)
     }
 
@@ -343,7 +346,7 @@ impl Flight {
         let State::Out(sent) = std::mem::replace(&mut piece.state, State::Failed) else { return Vec::new() };
         self.frames.remove(&sent.frame_id);
         let failure = kind(&error);
-        if let Some(tried) = piece.tried.last_mut() {
+        if let Some(tried) = &mut piece.tried {
             tried.excused = failure == Failure::Excused;
         }
         let ending = Ending::Failed { reason: error.reason.to_string(), message: error.message.clone() };
@@ -357,7 +360,7 @@ impl Flight {
         *around.counts.failures.entry(error.reason.clone().into_owned()).or_default() += 1;
         tracing::debug!(layer = %self.activations.layer, instance = %sent.holder, reason = %error.reason, %error, "frame failed");
         self.last_failure = Some(error);
-        if settled {
+        if settled || self.log.attempts[sent.attempt_idx].kind == Kind::Probe {
             return Vec::new();
         }
         if self.pieces.progress(idx) == Progress::Waiting {

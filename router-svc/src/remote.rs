@@ -34,7 +34,7 @@ pub(crate) struct View {
     pub(crate) links: HashMap<InstanceId, Sender<v1::Frame>>,
 }
 
-/// What links tell the engine. The channel is unbounded; frames in flight bound it.
+/// What links tell the engine. The channel is unbounded; frames in flight and what happens to servers bound it.
 #[derive(Debug)]
 pub(crate) enum LinkEvent {
     Reply {
@@ -234,14 +234,11 @@ impl Remote {
 }
 
 fn tick(flight: &mut Flight, around: &mut Surroundings<'_>) -> Vec<Order> {
-    let mut orders = Vec::new();
     for instance in around.health.tick(around.now) {
         tracing::warn!(%instance, "expert server is silent: ejected");
         flight.note_ejection(&instance, "silent", around.now);
-        orders.extend(flight.hurry(&instance, around));
     }
-    orders.extend(flight.tick(around));
-    orders
+    flight.tick(around)
 }
 
 #[expect(clippy::disallowed_methods, reason = "waiting for the network is an edge")]

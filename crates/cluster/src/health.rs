@@ -297,6 +297,12 @@ impl Health {
         self.servers.get(instance).is_none_or(|server| server.state == State::In)
     }
 
+    /// True if that is so for everybody.
+    #[must_use]
+    pub fn all_in(&self) -> bool {
+        self.servers.values().all(|server| server.state == State::In)
+    }
+
     /// How long `instance` may be expected to take, in units of a usual frame: frames that it owes count, and one
     /// that is overdue counts by how much.
     #[must_use]

@@ -70,7 +70,7 @@ impl<'a> Input<'a> {
         Self { rows, quantized: OnceCell::new() }
     }
 
-    /// Rows that no stored matrix is multiplied with.
+    /// Rows for packed matrices alone.
     pub(crate) fn of_quantized(rows: packed::Rows) -> Self {
         Self { rows: &[], quantized: OnceCell::from(rows) }
     }
@@ -203,6 +203,9 @@ impl Linear {
     fn product<'a>(&'a self, x: &'a Input<'_>) -> Product<'a> {
         let Self { outputs, width, .. } = *self;
         let factors = match self.view() {
+            View::F32(_) | View::Bf16(_) if x.rows.is_empty() && x.quantized.get().is_some() => {
+                unreachable!("an MLP's matrices are all packed or none is")
+            }
             View::F32(w) => Factors::F32(x.rows, w),
             View::Bf16(w) => Factors::Bf16(x.rows, w),
             View::Packed(bits, bytes) => Factors::Packed(x.quantized(width), bits, bytes),

@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use cluster::{Health, health::Budget};
-use ids::InstanceId;
 use proto::{Code, Error};
 
 use super::{
@@ -20,32 +19,15 @@ pub(super) enum NotHedged {
 }
 
 impl Flight {
-    /// `holder` has been ejected: what it owes is asked of others now, and its answers still count if they come first.
-    pub(crate) fn hurry(&mut self, holder: &InstanceId, around: &mut Surroundings<'_>) -> Vec<Order> {
-        let slow = self.pieces.out(|sent| sent.holder == *holder);
-        self.ask_others(slow, &format!("{holder} is ejected: silent"), around)
-    }
-
-    /// Asks others for what is left with ejected holders alone, as soon as there are others: the table may have changed,
-    /// or who is in, or a cover may have failed. Due after everything that the flight is told.
+    /// Asks others for what is left with ejected holders alone, as soon as there are others: somebody may have been ejected,
+    /// the table or who is in may have changed, or a cover failed. Due after everything that the flight is told. The answers
+    /// of those that were asked before still count if they come first.
     pub(crate) fn look_again(&mut self, around: &mut Surroundings<'_>) -> Vec<Order> {
-        let stranded = self.pieces.stranded(around.health);
-        self.ask_others(stranded, "its holder is ejected", around)
-    }
-
-    fn ask_others(
-        &mut self,
-        mut late: Vec<PieceIdx>,
-        cause: &str,
-        around: &mut Surroundings<'_>,
-    ) -> Vec<Order> {
-        late.retain(|&idx| !self.pieces.is_settled(idx));
-        if late.is_empty() {
-            return Vec::new();
-        }
-        let purpose = Purpose { kind: Kind::Failover, cause: Some(cause.to_owned()) };
         let mut orders = Vec::new();
-        for idx in late {
+        for idx in self.pieces.stranded(around.health) {
+            let State::Out(sent) = &self.pieces[idx].state else { continue };
+            let purpose =
+                Purpose { kind: Kind::Failover, cause: Some(format!("{} is ejected", sent.holder)) };
             // Where nobody else can, or the budget is spent, its own answer is waited for.
             if let Ok(more) = self.hedge(idx, &purpose, |health| &mut health.failovers, around) {
                 orders.extend(more);
@@ -86,20 +68,6 @@ impl Flight {
             }
         }
         orders
-    }
-
-    /// Whether a piece waits for an ejected holder alone, without a hedge to come, although holders that are in could
-    /// compute it and the budget has room.
-    #[cfg(test)]
-    pub(crate) fn waits_in_vain(&self, around: &Surroundings<'_>) -> bool {
-        self.pieces.stranded(around.health).into_iter().any(|idx| {
-            let (parts, orphans) = self.plan_elsewhere(idx, around);
-            let others = orphans.is_empty() && parts.iter().all(|part| around.health.is_in(&part.holder));
-            let affordable = around.health.failovers.affords(parts.len());
-            others
-                && affordable
-                && matches!(&self.pieces[idx].state, State::Out(sent) if sent.hedge_at.is_none())
-        })
     }
 
     /// The next moment at which [`Flight::tick`] has something to do.

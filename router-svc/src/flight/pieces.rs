@@ -18,13 +18,14 @@ pub(super) struct Piece {
     pub(super) slots: Vec<Slot>,
     pub(super) as_pairs: bool,
     pub(super) parent: Option<PieceIdx>,
-    pub(super) tried: Vec<Tried>,
+    /// Who was sent it.
+    pub(super) tried: Option<Tried>,
     pub(super) state: State,
     /// Each does the whole piece again.
     pub(super) covers: Vec<Vec<PieceIdx>>,
 }
 
-/// A holder that has failed with a piece's pairs, or is still at them.
+/// A holder that was sent a piece.
 #[derive(Clone, Debug)]
 pub(super) struct Tried {
     pub(super) holder: InstanceId,
@@ -98,6 +99,11 @@ impl Pieces {
         self.0.len() - 1
     }
 
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub(super) fn progress(&self, idx: PieceIdx) -> Progress {
         let piece = &self.0[idx];
         let mut best = match piece.state {
@@ -115,7 +121,7 @@ impl Pieces {
         best
     }
 
-    pub(super) fn cover_progress(&self, cover: &[PieceIdx]) -> Progress {
+    fn cover_progress(&self, cover: &[PieceIdx]) -> Progress {
         let mut all = Progress::Done;
         for &piece in cover {
             match self.progress(piece) {
@@ -146,7 +152,7 @@ impl Pieces {
     }
 
     /// True if servers that are in are at all of it that is not home.
-    pub(super) fn is_in_hand(&self, idx: PieceIdx, health: &Health) -> bool {
+    fn is_in_hand(&self, idx: PieceIdx, health: &Health) -> bool {
         let piece = &self.0[idx];
         match &piece.state {
             State::Home { .. } => true,
@@ -160,22 +166,41 @@ impl Pieces {
         self.0[idx].covers.iter().any(|cover| cover.iter().all(|&piece| self.is_in_hand(piece, health)))
     }
 
-    /// Pieces that are out at servers that are not in, and not part of others that are out or in hand.
+    /// Pieces that are out at servers that are not in, and not part of others that are in hand or stranded themselves.
     pub(super) fn stranded(&self, health: &Health) -> Vec<PieceIdx> {
-        let is_tended =
-            |idx: PieceIdx| matches!(self.0[idx].state, State::Out(_)) || self.is_covered(idx, health);
-        let mut out = self.out(|sent| !health.is_in(&sent.holder));
-        out.retain(|&idx| {
-            let mut parents = std::iter::successors(self.0[idx].parent, |&parent| self.0[parent].parent);
-            !self.is_settled(idx) && !self.is_covered(idx, health) && !parents.any(is_tended)
-        });
-        out
+        let mut stranded: Vec<PieceIdx> = Vec::new();
+        if health.all_in() {
+            return stranded;
+        }
+        for idx in self.out(|sent| !health.is_in(&sent.holder)) {
+            let is_tended = |whole| self.is_in_hand(whole, health) || stranded.contains(&whole);
+            if !self.is_settled(idx) && !self.is_covered(idx, health) && !self.ancestors(idx).any(is_tended) {
+                stranded.push(idx);
+            }
+        }
+        stranded
     }
 
-    /// By the piece, what it is part of, and what covers it.
+    /// What the piece is part of, from the smallest to the largest.
+    pub(super) fn ancestors(&self, idx: PieceIdx) -> impl Iterator<Item = PieceIdx> {
+        std::iter::successors(self.0[idx].parent, |&whole| self.0[whole].parent)
+    }
+
+    /// Who has failed with the piece, with what it is part of or with what covers it, or is still at it.
     pub(super) fn tried(&self, idx: PieceIdx) -> Vec<&Tried> {
-        let Piece { tried, covers, .. } = &self.0[idx];
-        tried.iter().chain(covers.iter().flatten().flat_map(|&cover| self.tried(cover))).collect()
+        let mut pieces: Vec<PieceIdx> = self.ancestors(idx).chain([idx]).collect();
+        let mut at = pieces.len() - 1;
+        while at < pieces.len() {
+            pieces.extend(self.0[pieces[at]].covers.iter().flatten());
+            at += 1;
+        }
+        let open = |piece: &&Piece| !matches!(piece.state, State::Home { .. });
+        pieces
+            .into_iter()
+            .map(|idx| &self.0[idx])
+            .filter(open)
+            .filter_map(|piece| piece.tried.as_ref())
+            .collect()
     }
 
     /// The cover that is home; without one, the last, for its lost pairs.

@@ -295,7 +295,8 @@ fn an_ejected_server_is_not_waited_for() {
     let mut case = Case::warm(TWICE);
     let (mut flight, orders) = case.launch(EXACT);
     case.land(&mut flight, &orders[1..]);
-    let hurried = flight.hurry(&orders[0].holder, &mut case.around());
+    case.health.failed(&orders[0].holder, FrameId(0), Failure::Wrong, case.now);
+    let hurried = flight.look_again(&mut case.around());
     assert_eq!(hurried.len(), 1);
     case.land(&mut flight, &hurried);
     check(flight);
@@ -325,6 +326,69 @@ fn who_refuses_one_expert_is_asked_again_for_the_others_once_the_table_is_new() 
     let [order] = &once_more[..] else { panic!("{once_more:?}") };
     assert_eq!((order.holder.as_str(), order.frame.epoch), ("a", Epoch(8)));
     case.land(&mut flight, &once_more);
+    check(flight);
+}
+
+/// The same where the refusal comes after the frame was hedged: what covers it knows of the refusal as well.
+#[test]
+fn who_refuses_after_a_hedge_is_asked_again_too() {
+    let mut case = Case::warm(&[("a", &[0, 1, 2, 3]), ("b", &[1, 2, 3]), ("c", &[0])]);
+    for (name, id) in [("b", 1), ("c", 2)] {
+        for at in 0..9 {
+            case.health.sent(&name.into(), FrameId(1 << 50 | id << 8 | at), 1, case.now);
+        }
+    }
+    let (mut flight, orders) = case.launch(EXACT);
+    assert_eq!((orders.len(), orders[0].holder.as_str()), (1, "a"), "{orders:?}");
+    case.now += Duration::from_millis(20);
+    let hedge = flight.tick(&mut case.around());
+    let holders: Vec<_> = hedge.iter().map(|order| order.holder.as_str()).collect();
+    assert_eq!(holders, ["b", "c"]);
+    let refusal = Reply {
+        outcome: Err(Error::new(Code::NotFound, "expert_not_held", "expert 0")),
+        ..serve(&orders[0].frame, f32::MAX)
+    };
+    assert!(case.accept(&mut flight, &orders[0], refusal).unwrap().is_empty(), "others are at it");
+    case.land(&mut flight, &hedge[1..]);
+    case.health.failed(&"b".into(), FrameId(0), Failure::Wrong, case.now);
+    assert!(flight.look_again(&mut case.around()).is_empty(), "nobody else is known to hold them");
+    case.table = Members::default().join(holder("a", &[1, 2, 3], 8)).unwrap();
+    let again = flight.look_again(&mut case.around());
+    assert_eq!((again.len(), again[0].holder.as_str()), (1, "a"));
+    case.land(&mut flight, &again);
+    check(flight);
+}
+
+/// Part of a cover is home, the rest with a second ejected server: whoever can then takes that part.
+#[test]
+fn a_part_that_is_stranded_twice_goes_to_who_comes() {
+    let mut case = Case::warm(&[("b", &[0, 1, 2, 3]), ("c", &[1, 2, 3]), ("d", &[0])]);
+    for (name, id) in [("c", 1), ("d", 2)] {
+        for at in 0..9 {
+            case.health.sent(&name.into(), FrameId(1 << 50 | id << 8 | at), 1, case.now);
+        }
+    }
+    let (mut flight, orders) = case.launch(EXACT);
+    assert_eq!((orders.len(), orders[0].holder.as_str()), (1, "b"), "{orders:?}");
+    // Of three servers one may be out; of the four to come two.
+    case.health.failed(&"b".into(), FrameId(0), Failure::Wrong, case.now);
+    let cover = flight.look_again(&mut case.around());
+    let holders: Vec<_> = cover.iter().map(|order| order.holder.as_str()).collect();
+    assert_eq!(holders, ["c", "d"]);
+    case.land(&mut flight, &cover[1..]);
+    let names: Vec<InstanceId> = ["b", "c", "d", "e", "f", "g"].map(InstanceId::from).into();
+    case.health.follow(names.iter(), case.now);
+    case.health.failed(&"c".into(), FrameId(0), Failure::Wrong, case.now);
+    assert!(!case.health.is_in(&"c".into()));
+    assert!(flight.look_again(&mut case.around()).is_empty());
+    let mut members = Members::default();
+    for (name, experts) in [("d", &[0][..]), ("e", &[1, 2, 3])] {
+        case.table = members.join(holder(name, experts, 7)).unwrap();
+    }
+    let last = flight.look_again(&mut case.around());
+    let holders: Vec<_> = last.iter().map(|order| order.holder.as_str()).collect();
+    assert_eq!(holders, ["d", "e"], "all of what b was asked for, or what c was: either will do");
+    case.land(&mut flight, &last);
     check(flight);
 }
 
@@ -381,4 +445,46 @@ fn a_reply_of_somebody_else_is_not_used() {
     assert!(case.accept(&mut flight, &stranger, serve(&stranger.frame, f32::MAX)).is_none());
     case.land(&mut flight, &orders);
     check(flight);
+}
+
+impl Flight {
+    /// Whether some root waits for servers that are not in and for nobody else, without a hedge to come, although each of its
+    /// pairs is home or could be had from a server that is in and was not asked for it at its present epoch.
+    pub(crate) fn waits_in_vain(&self, around: &Surroundings<'_>) -> bool {
+        let root_of = |idx| self.pieces.ancestors(idx).last().unwrap_or(idx);
+        let all = 0..self.pieces.len();
+        let of = |root| all.clone().filter(move |&idx| root_of(idx) == root).map(|idx| &self.pieces[idx]);
+        self.roots.iter().any(|&root| {
+            let out = || {
+                of(root).filter_map(|piece| match &piece.state {
+                    State::Out(sent) => Some(sent),
+                    State::Home { .. } | State::Failed | State::Orphaned => None,
+                })
+            };
+            let alone = out().all(|sent| sent.hedge_at.is_none() && !around.health.is_in(&sent.holder));
+            let is_home = |slot: &Slot| {
+                of(root).any(|piece| matches!(piece.state, State::Home { .. }) && piece.slots.contains(slot))
+            };
+            let was_asked = |holder: &cluster::Holder, slot: &Slot| {
+                of(root).any(|piece| {
+                    let same = |tried: &&Tried| {
+                        tried.holder == holder.instance && (!tried.excused || tried.epoch == holder.epoch)
+                    };
+                    piece.slots.contains(slot) && piece.tried.as_ref().filter(same).is_some()
+                })
+            };
+            let could = |slot: &Slot| {
+                around.table.holders().any(|holder| {
+                    holder.holds.contains_key(&(self.activations.layer, self.activations.expert(*slot)))
+                        && around.health.is_in(&holder.instance)
+                        && !was_asked(holder, slot)
+                })
+            };
+            let slots = &self.pieces[root].slots;
+            self.pieces.progress(root) == Progress::Waiting
+                && alone
+                && slots.iter().all(|slot| is_home(slot) || could(slot))
+                && around.health.failovers.affords(slots.len())
+        })
+    }
 }

@@ -218,15 +218,8 @@ impl World {
             return self.launch();
         }
         let orders = self.with_router(|around, flying| {
-            let mut orders = Vec::new();
-            let silent = around.health.tick(around.now);
-            if let Some(flying) = flying {
-                for instance in silent {
-                    orders.extend(flying.flight.hurry(&instance, around));
-                }
-                orders.extend(flying.flight.tick(around));
-            }
-            orders
+            around.health.tick(around.now);
+            flying.as_mut().map(|flying| flying.flight.tick(around)).unwrap_or_default()
         });
         self.send(orders);
         self.look_at_flight();

@@ -3,6 +3,9 @@
 
 use super::lanes::{LANES, Lanes as _, Portable};
 
+/// 1.5 × 2²³: a number that is added to it is rounded there, ties to even, and is in its low bits as an integer.
+pub(super) const ROUNDER: f32 = 12_582_912.0;
+
 /// e^x within 2 ulp, from additions and multiplications alone: libm's differs from machine to machine, and experts on
 /// different machines must agree. Cephes' `expf`: x = n ln 2 + r, a polynomial of degree 6 in r, times 2^n.
 #[inline(always)]
@@ -16,8 +19,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let r = n.mul_add(-LN_2_LOW, n.mul_add(-LN_2_HIGH, x));
     let polynomial = COEFFICIENTS.iter().fold(0.0_f32, |sum, coefficient| sum.mul_add(r, *coefficient));
     let power = polynomial.mul_add(r * r, r) + 1.0;
-    // As an integer it is in the low bits of what it is added to. A cast would be the same, one number after the other.
-    const ROUNDER: f32 = 12_582_912.0;
+    // A cast would be the same, but one number after the other.
     let exponent = (n + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).wrapping_add(127);
     power * f32::from_bits(exponent << 23)
 }

@@ -5,7 +5,11 @@
 //! and stay in the first cache for all rows. The rows of a tile lie together block after block ([`TILE_ROWS`]); those of the
 //! last tile that are not there are zeros.
 
-use std::{arch::asm, arch::x86_64::*, ops::Range};
+use std::{
+    arch::{asm, x86_64::*},
+    cell::RefCell,
+    ops::Range,
+};
 
 use super::{BLOCK, BLOCKS, Bits, Group, Line, OUTPUTS, Panel, Rows, TILE_ROWS, avx512};
 
@@ -21,11 +25,11 @@ pub(in super::super) fn request() -> bool {
     {
         const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
         const XFEATURE_XTILEDATA: libc::c_ulong = 18;
-        const TILES: u32 = 1 << 24;
-        const TILES_OF_BYTES: u32 = 1 << 25;
+        const AMX_TILE: u32 = 1 << 24;
+        const AMX_INT8: u32 = 1 << 25;
         let has = __cpuid(0).eax >= 7 && {
             let features = __cpuid_count(7, 0).edx;
-            features & TILES != 0 && features & TILES_OF_BYTES != 0
+            features & AMX_TILE != 0 && features & AMX_INT8 != 0
         };
         #[expect(
             unsafe_code,
@@ -64,8 +68,11 @@ const TILES: Config = {
 };
 
 /// Multiply-adds of so many turns from registers, as many as it returns: four tiles of 64 elements, which take turns.
-#[expect(unsafe_code, reason = "sound: where AMX was granted; it uses registers alone")]
-pub(in super::super) fn multiply(turns: usize) -> usize {
+///
+/// # Safety
+/// AMX was granted.
+#[expect(unsafe_code, reason = "sound: where it was granted; registers alone are used")]
+pub(in super::super) unsafe fn multiply(turns: usize) -> usize {
     static WIDE: Config = {
         let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
         let mut at = 0;
@@ -113,41 +120,71 @@ pub(super) fn rows_with_panel(
     panel: Panel<'_>,
     y: &mut [[f32; OUTPUTS]],
 ) {
-    let mut work = Work {
-        numbers: [[[0; size_of::<Line>()]; LINES]; BLOCKS],
-        scales: [[0.0; OUTPUTS]; BLOCKS],
-        dots: [[[0; OUTPUTS]; TILE_ROWS]; BLOCKS],
+    WORK.with_borrow_mut(|work| work.rows_with_panel(bits, x, first, panel, y));
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = const {
+        RefCell::new(Work {
+            numbers: [[[0; size_of::<Line>()]; LINES]; BLOCKS],
+            scales: [[0.0; OUTPUTS]; BLOCKS],
+            dots: [[[0; OUTPUTS]; TILE_ROWS]; BLOCKS],
+        })
     };
-    y.fill([0.0; OUTPUTS]);
-    #[expect(unsafe_code, reason = "sound: it reads the 64 bytes of a valid configuration")]
-    unsafe {
-        asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly));
-    }
-    let n_blocks = panel.n_blocks();
-    for start in (0..n_blocks).step_by(BLOCKS) {
-        let blocks = start..(start + BLOCKS).min(n_blocks);
-        work.take(bits, panel, blocks.clone());
-        for (at, y) in y.chunks_mut(TILE_ROWS).enumerate() {
-            let x = x.group(first + at * TILE_ROWS);
-            work.multiply(x, blocks.clone());
-            match y.as_mut_array() {
-                Some(y) => work.add(x, blocks.clone(), y),
-                None => {
-                    let mut whole = [[0.0; OUTPUTS]; TILE_ROWS];
-                    whole[..y.len()].copy_from_slice(y);
-                    work.add(x, blocks.clone(), &mut whole);
-                    y.copy_from_slice(&whole[..y.len()]);
-                }
-            }
-        }
-    }
-    #[expect(unsafe_code, reason = "sound: it empties the tiles, which nobody uses now")]
-    unsafe {
-        asm!("tilerelease", options(nostack, nomem));
-    }
 }
 
 impl Work {
+    /// The same with what this thread works with.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+    fn rows_with_panel(
+        &mut self,
+        bits: Bits,
+        x: &Rows,
+        first: usize,
+        panel: Panel<'_>,
+        y: &mut [[f32; OUTPUTS]],
+    ) {
+        y.fill([0.0; OUTPUTS]);
+        #[expect(unsafe_code, reason = "sound: it reads the 64 bytes of a valid configuration")]
+        unsafe {
+            asm!(
+                "ldtilecfg [{}]",
+                in(reg) &CONFIG,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+        let n_blocks = panel.n_blocks();
+        for start in (0..n_blocks).step_by(BLOCKS) {
+            let blocks = start..(start + BLOCKS).min(n_blocks);
+            self.take(bits, panel, blocks.clone());
+            for (at, y) in y.chunks_mut(TILE_ROWS).enumerate() {
+                let x = x.group(first + at * TILE_ROWS);
+                self.multiply(x, blocks.clone());
+                match y.as_mut_array() {
+                    Some(y) => self.add(x, blocks.clone(), y),
+                    None => {
+                        let mut whole = [[0.0; OUTPUTS]; TILE_ROWS];
+                        whole[..y.len()].copy_from_slice(y);
+                        self.add(x, blocks.clone(), &mut whole);
+                        y.copy_from_slice(&whole[..y.len()]);
+                    }
+                }
+            }
+        }
+        #[expect(unsafe_code, reason = "sound: it empties the tiles, which nobody uses now")]
+        unsafe {
+            asm!(
+                "tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
     /// Makes numbers and scales of some blocks ready for all rows.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]

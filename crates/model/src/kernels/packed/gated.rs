@@ -1,5 +1,5 @@
 //! gate_proj, up_proj, SwiGLU and the quantizing of what comes of it in one pass: 32 outputs of both matrices are a block of
-//! the rows that down_proj is multiplied with. What is between is never in memory.
+//! the rows that down_proj is multiplied with. What is between stays in the first caches.
 
 use std::{marker::PhantomData, ops::Range};
 

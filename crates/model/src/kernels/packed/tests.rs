@@ -22,6 +22,11 @@ fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<
     y
 }
 
+/// Of some blocks, and of more than are taken at a time.
+fn widths() -> impl Strategy<Value = usize> {
+    prop_oneof![4 => 1_usize..100, 1 => 250_usize..270, 1 => 500_usize..530]
+}
+
 /// Through the way that everything takes.
 fn matmul(bits: Bits, x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
     let (rows, bytes) = (Rows::quantize(x, width), packed(bits, w, width));
@@ -32,7 +37,7 @@ fn matmul(bits: Bits, x: &[f32], w: &[f32], width: usize) -> Vec<f32> {
 proptest! {
     #[test]
     fn products_have_the_same_bits_everywhere_and_alone(
-        (width, x, w) in (1_usize..100, 1_usize..20, 1_usize..40).prop_flat_map(|(width, rows, outputs)| {
+        (width, x, w) in (widths(), 1_usize..20, 1_usize..40).prop_flat_map(|(width, rows, outputs)| {
             let values = |n: usize| proptest::collection::vec(-8.0_f32..8.0, n * width);
             (Just(width), values(rows), values(outputs))
         })
@@ -89,7 +94,7 @@ fn the_extremes_do_not_overflow() {
         for (x, w) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
             let packed = packed(bits, &[w; 16 * WIDTH], WIDTH);
             for isa in Isa::all() {
-                let rows = Rows::quantize_for(isa, &[x; WIDTH], WIDTH);
+                let rows = Rows::quantize_for(isa, &[x; 10 * WIDTH], WIDTH);
                 for y in products(isa, bits, &rows, &packed, WIDTH) {
                     let wanted = x * w * WIDTH as f32;
                     assert!(
@@ -110,6 +115,18 @@ fn many_rows_are_each_as_alone() {
         (0..(2 * ROWS_PASS + 5) * WIDTH).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
     let w: Vec<f32> = (0..20 * WIDTH).map(|i| ((i * 31) % 100) as f32 / 50.0 - 1.0).collect();
     for bits in [Bits::Eight, Bits::Four] {
+        let packed = packed(bits, &w, WIDTH);
+        let gated = |x: &[f32]| {
+            let rows = &Rows::quantize(x, WIDTH);
+            let gated = Gated { bits, gate: &packed, up: &packed, outputs: 20, rows, width: WIDTH };
+            crate::kernels::gated(&[gated]).remove(0)
+        };
+        let together = gated(&x);
+        for (row, x) in x.chunks_exact(WIDTH).enumerate() {
+            let (alone, row) = (gated(x), together.row(row));
+            assert_eq!(alone.row(0).numbers(0), row.numbers(0));
+            assert_eq!(alone.row(0).scale(0).to_bits(), row.scale(0).to_bits());
+        }
         let all = matmul(bits, &x, &w, WIDTH);
         for (x, y) in x.chunks_exact(WIDTH).zip(all.chunks_exact(20)) {
             assert_eq!(of(&matmul(bits, x, &w, WIDTH)), of(y));
@@ -128,6 +145,11 @@ fn what_is_not_finite_stays_so() {
             x[33] = 1.0;
             w[33] = bad;
             assert!(!product(&x, &w).is_finite(), "{bad} in a matrix, {bits:?}");
+            let mut rows = vec![1.0; 12 * 40];
+            rows[5 * 40 + 33] = bad;
+            for (row, y) in matmul(bits, &rows, &[1.0; 40], 40).iter().enumerate() {
+                assert_eq!(y.is_finite(), row != 5, "{bad} in one of many rows, {bits:?}");
+            }
         }
     }
 }
@@ -147,7 +169,7 @@ proptest! {
     /// In one pass: the same numbers, scales and sums as one after the other.
     #[test]
     fn gated_rows_are_those_of_two_products_activated_and_quantized(
-        (width, x, gate, up) in (1_usize..100, 1_usize..40, 1_usize..80).prop_flat_map(|(width, rows, outputs)| {
+        (width, x, gate, up) in (widths(), 1_usize..40, 1_usize..80).prop_flat_map(|(width, rows, outputs)| {
             let values = |n: usize| proptest::collection::vec(-2.0_f32..2.0, n * width);
             (Just(width), values(rows), values(outputs), values(outputs))
         })
@@ -174,7 +196,14 @@ proptest! {
     }
 
     #[test]
-    fn blocks_are_quantized_the_same_everywhere(x in proptest::array::uniform32(proptest::num::f32::ANY)) {
+    fn blocks_are_quantized_the_same_everywhere(
+        mut x in proptest::array::uniform32(-3.0_f32..3.0), power in -150_i32..127, odd in proptest::num::f32::ANY,
+        at in 0_usize..64,
+    ) {
+        x = x.map(|x| x * 2.0_f32.powi(power));
+        if let Some(x) = x.get_mut(at) {
+            *x = odd;
+        }
         let quantized = |isa| {
             let rows = Rows::quantize_for(isa, &x, BLOCK);
             (rows.numbers[0], rows.scales[0].to_bits(), rows.biases[0])

@@ -1,0 +1,232 @@
+//! The rows that packed matrices are multiplied with, quantized, in the order in which kernels read them.
+
+use super::{
+    super::{Isa, threads},
+    BLOCK, ROWS_PASS, blocks, scalar,
+};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+
+/// Rows whose blocks lie together.
+pub(super) const GROUP: usize = 8;
+/// The same where AMX multiplies more than a group of rows.
+pub(super) const TILE_ROWS: usize = 16;
+/// Rows that are quantized by one thread.
+const ROWS_PART: usize = 2 * GROUP;
+// None of these is cut.
+const _: () = assert!(ROWS_PART.is_multiple_of(TILE_ROWS) && ROWS_PASS.is_multiple_of(TILE_ROWS));
+const _: () = assert!(ROWS_PART.is_multiple_of(WIDE_ROWS));
+/// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
+pub(super) const WIDE_FROM: usize = 4;
+/// Rows that it multiplies at once.
+pub(super) const WIDE_ROWS: usize = 4;
+
+/// What quantizing a block takes. Only code that is compiled for its instruction set, after it was detected, may use it.
+pub(super) trait Quantize {
+    /// The largest magnitude, as bits: they are ordered as the magnitudes are, and a NaN's are above all.
+    fn largest(x: &[f32; BLOCK]) -> u32;
+
+    /// `x * inverse`, rounded to whole numbers, and their sum.
+    fn round(x: &[f32; BLOCK], inverse: f32, numbers: &mut [i8; BLOCK]) -> i32;
+
+    /// Gives the scale and the sum of the numbers. A block with a number that is not finite has a scale that is none: so
+    /// are all sums with it.
+    #[inline(always)]
+    fn quantize(x: &[f32; BLOCK], numbers: &mut [i8; BLOCK]) -> (f32, i32) {
+        let largest = f32::from_bits(Self::largest(x));
+        if !largest.is_finite() {
+            return (f32::NAN, 0);
+        }
+        // Of a block of the smallest numbers that there are, the inverse would be infinite.
+        let inverse = if largest > 0.0 { (127.0 / largest).min(f32::MAX) } else { 0.0 };
+        (largest / 127.0, Self::round(x, inverse, numbers))
+    }
+}
+
+/// Rows `[rows, width]` as int8 with a scale for each block; what is missing of the last two is zeros. In the order in which a
+/// kernel reads them: groups of eight rows (the last has what is left) or of a tile's sixteen (the last is filled up with
+/// zeros), in a group block after block, in a block row after row.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    pub(super) n_rows: usize,
+    /// With those that fill up the last tile.
+    pub(super) n_places: usize,
+    /// A power of two.
+    pub(super) group: usize,
+    pub(super) blocks: usize,
+    pub(super) numbers: Vec<[i8; BLOCK]>,
+    pub(super) scales: Vec<f32>,
+    /// What a block's dot product begins with where a matrix's numbers are read as unsigned.
+    pub(super) biases: Vec<Biases>,
+    /// `[groups of rows, blocks]`: the numbers once more where AVX2 multiplies [`WIDE_FROM`] rows.
+    pub(super) wide: Vec<WideBlock>,
+}
+
+/// The sum of a block's numbers times what makes a matrix's numbers unsigned: −128 for int8, −8 for int4.
+pub(super) type Biases = [i32; 2];
+
+/// One block of four rows: pairs of neighbouring numbers in 16 bits each. Rows that are not there are zeros.
+pub(super) type WideBlock = [[i32; WIDE_ROWS]; BLOCK / 2];
+
+/// A group of [`Rows`], `[blocks, rows]` each.
+#[derive(Clone, Copy)]
+pub(super) struct Group<'a> {
+    pub(super) n_rows: usize,
+    pub(super) numbers: &'a [[i8; BLOCK]],
+    pub(super) scales: &'a [f32],
+    pub(super) biases: &'a [Biases],
+}
+
+/// One row of a [`Group`].
+#[derive(Clone, Copy)]
+pub(super) struct Row<'a> {
+    group: Group<'a>,
+    row: usize,
+}
+
+/// Some rows while they are quantized.
+pub(super) struct Part<'a> {
+    x: &'a [f32],
+    width: usize,
+    group: usize,
+    numbers: &'a mut [[i8; BLOCK]],
+    scales: &'a mut [f32],
+    biases: &'a mut [Biases],
+    wide: &'a mut [WideBlock],
+}
+
+impl Rows {
+    /// Rounds each element to the nearest of the 255 steps of its block.
+    pub(crate) fn quantize(x: &[f32], width: usize) -> Self {
+        Self::quantize_for(Isa::detect(), x, width)
+    }
+
+    pub(super) fn quantize_for(isa: Isa, x: &[f32], width: usize) -> Self {
+        let mut rows = Self::zeros(isa, x.len() / width, width);
+        let (blocks, group) = (rows.blocks, rows.group);
+        let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
+        let parts = x
+            .chunks(ROWS_PART * width)
+            .zip(rows.numbers.chunks_mut(ROWS_PART * blocks))
+            .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
+            .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
+            .map(|(((x, numbers), scales), biases)| {
+                // There are none where no kernel reads them.
+                let wide = wide.next().unwrap_or(&mut []);
+                Part { x, width, group, numbers, scales, biases, wide }
+            })
+            .collect();
+        threads::for_each(parts, |part| quantize_with(isa, part));
+        rows
+    }
+
+    pub(super) fn zeros(isa: Isa, n_rows: usize, width: usize) -> Self {
+        let blocks = blocks(width);
+        let is_tiled = isa.has_tiles() && n_rows > GROUP;
+        let group = if is_tiled { TILE_ROWS } else { GROUP };
+        let n_places = if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
+        let n = n_places * blocks;
+        let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
+        Self {
+            n_rows,
+            n_places,
+            group,
+            blocks,
+            numbers: vec![[0; BLOCK]; n],
+            scales: vec![0.0; n],
+            biases: vec![[0; 2]; n],
+            wide: vec![[[0; WIDE_ROWS]; BLOCK / 2]; groups * blocks],
+        }
+    }
+
+    pub(crate) const fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// The group that begins with row `first`.
+    pub(super) fn group(&self, first: usize) -> Group<'_> {
+        let n_rows = self.group.min(self.n_places - first);
+        let of_group = first * self.blocks..(first + n_rows) * self.blocks;
+        Group {
+            n_rows,
+            numbers: &self.numbers[of_group.clone()],
+            scales: &self.scales[of_group.clone()],
+            biases: &self.biases[of_group],
+        }
+    }
+
+    /// Without a division, which would be noticed.
+    pub(super) fn row(&self, row: usize) -> Row<'_> {
+        let in_group = row & (self.group - 1);
+        Row { group: self.group(row - in_group), row: in_group }
+    }
+}
+
+impl<'a> Row<'a> {
+    pub(super) fn numbers(self, block: usize) -> &'a [i8; BLOCK] {
+        &self.group.numbers[block * self.group.n_rows + self.row]
+    }
+
+    pub(super) fn scale(self, block: usize) -> f32 {
+        self.group.scales[block * self.group.n_rows + self.row]
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn biases(self, block: usize) -> Biases {
+        self.group.biases[block * self.group.n_rows + self.row]
+    }
+}
+
+fn quantize_with(isa: Isa, part: Part<'_>) {
+    match isa {
+        Isa::Baseline => quantize::<scalar::Scalar>(part),
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx2 => unsafe { avx2::quantize(part) },
+        #[cfg(target_arch = "x86_64")]
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        Isa::Avx512 | Isa::Amx => unsafe { avx512::quantize(part) },
+        // The compiler makes vectors of it.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => quantize::<scalar::Scalar>(part),
+    }
+}
+
+#[inline(always)]
+pub(super) fn quantize<Q: Quantize>(part: Part<'_>) {
+    let Part { x, width, group: group_rows, numbers, scales, biases, wide } = part;
+    let blocks = blocks(width);
+    for (group, x) in x.chunks(group_rows * width).enumerate() {
+        let n_rows = if group_rows == TILE_ROWS { TILE_ROWS } else { x.len() / width };
+        for (row, x) in x.chunks_exact(width).enumerate() {
+            for (block, x) in x.chunks(BLOCK).enumerate() {
+                let at = group * group_rows * blocks + block * n_rows + row;
+                // What is missing of the last block reads as zeros.
+                let mut whole = [0.0; BLOCK];
+                let x = x.as_array().unwrap_or_else(|| {
+                    whole[..x.len()].copy_from_slice(x);
+                    &whole
+                });
+                let (scale, sum) = Q::quantize(x, &mut numbers[at]);
+                scales[at] = scale;
+                biases[at] = biases_of(sum);
+                if !wide.is_empty() {
+                    let row = group * group_rows + row;
+                    widen(&numbers[at], row, &mut wide[row / WIDE_ROWS * blocks + block]);
+                }
+            }
+        }
+    }
+}
+
+pub(super) const fn biases_of(sum: i32) -> Biases {
+    [-128 * sum, -8 * sum]
+}
+
+#[inline(always)]
+pub(super) fn widen(numbers: &[i8; BLOCK], row: usize, wide: &mut WideBlock) {
+    for (wide, pair) in wide.iter_mut().zip(numbers.as_chunks::<2>().0) {
+        let [low, high] = pair.map(i32::from);
+        wide[row % WIDE_ROWS] = low & 0xffff | high << 16;
+    }
+}
