@@ -11,6 +11,8 @@ mod landed;
 mod late;
 pub(crate) mod log;
 mod pieces;
+#[cfg(test)]
+mod vain;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
