@@ -28,7 +28,11 @@ impl Flight {
             let State::Out(sent) = &self.pieces[idx].state else { continue };
             let purpose =
                 Purpose { kind: Kind::Failover, cause: Some(format!("{} is ejected", sent.holder)) };
-            // Where nobody else can, or the budget is spent, its own answer is waited for.
+            // Where nobody that is in can, or the budget is spent, its own answer is waited for.
+            let (parts, _) = self.plan_elsewhere(idx, around);
+            if parts.iter().any(|part| !around.health.is_in(&part.holder)) {
+                continue;
+            }
             if let Ok(more) = self.hedge(idx, &purpose, |health| &mut health.failovers, around) {
                 orders.extend(more);
             }

@@ -186,21 +186,22 @@ impl Pieces {
         std::iter::successors(self.0[idx].parent, |&whole| self.0[whole].parent)
     }
 
-    /// Who has failed with the piece, with what it is part of or with what covers it, or is still at it.
+    /// Who has failed with the piece or with what it is part of, who is at what covers it, and who refused that. Who failed
+    /// with a cover may be asked again, as long as he is in: his failure may be over before the one that is waited for answers.
     pub(super) fn tried(&self, idx: PieceIdx) -> Vec<&Tried> {
-        let mut pieces: Vec<PieceIdx> = self.ancestors(idx).chain([idx]).collect();
-        let mut at = pieces.len() - 1;
-        while at < pieces.len() {
-            pieces.extend(self.0[pieces[at]].covers.iter().flatten());
+        let mut covers: Vec<PieceIdx> = self.0[idx].covers.iter().flatten().copied().collect();
+        let mut at = 0;
+        while at < covers.len() {
+            covers.extend(self.0[covers[at]].covers.iter().flatten());
             at += 1;
         }
-        let open = |piece: &&Piece| !matches!(piece.state, State::Home { .. });
-        pieces
-            .into_iter()
-            .map(|idx| &self.0[idx])
-            .filter(open)
-            .filter_map(|piece| piece.tried.as_ref())
-            .collect()
+        let tried = |idx: PieceIdx| self.0[idx].tried.as_ref();
+        let covers = covers.into_iter().filter(|&idx| match &self.0[idx].state {
+            State::Out(_) => true,
+            State::Failed => tried(idx).is_some_and(|tried| tried.excused),
+            State::Home { .. } | State::Orphaned => false,
+        });
+        self.ancestors(idx).chain([idx]).chain(covers).filter_map(tried).collect()
     }
 
     /// The cover that is home; without one, the last, for its lost pairs.
