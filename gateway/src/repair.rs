@@ -80,6 +80,7 @@ impl Replies {
         prompt: &[u32],
         request: impl FnOnce(&v1::RouterStatus) -> Result<v1::GenerateRequest, Error>,
     ) -> Result<Self, Error> {
+        gateway.routes.listen_to_new().await;
         let routed = gateway.routes.choose(prompt, &[])?;
         let mut replies = Self {
             gateway: Arc::clone(gateway),

@@ -38,6 +38,8 @@ const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 enum Heard {
     Status(Box<v1::RouterStatus>),
     Nothing(String),
+    /// It was listed a moment ago.
+    NotAsked,
 }
 
 /// One router.
@@ -83,7 +85,7 @@ impl Route {
             key: key.to_owned(),
             address: address.clone(),
             client,
-            heard: Mutex::new(Heard::Nothing("not asked yet".to_owned())),
+            heard: Mutex::new(Heard::NotAsked),
             outstanding: AtomicUsize::new(0),
             listed: AtomicBool::new(true),
             draining: AtomicBool::new(false),
@@ -101,13 +103,13 @@ impl Route {
     fn status(&self) -> Option<Box<v1::RouterStatus>> {
         match self.heard() {
             Heard::Status(status) => Some(status),
-            Heard::Nothing(_) => None,
+            Heard::Nothing(_) | Heard::NotAsked => None,
         }
     }
 
     /// It did not answer when it was last asked.
     pub(crate) fn is_silent(&self) -> bool {
-        matches!(*lock(&self.heard), Heard::Nothing(_))
+        matches!(*lock(&self.heard), Heard::Nothing(_) | Heard::NotAsked)
     }
 
     /// Asks, and remembers what was heard.
@@ -251,6 +253,17 @@ impl Routes {
         futures_util::future::join_all(routes.iter().map(|route| route.listen())).await;
     }
 
+    /// Asks those that were listed a moment ago, if nobody else has answered: a gateway that has just started may hear of its
+    /// routers after its first request.
+    pub(crate) async fn listen_to_new(&self) {
+        let routes = self.routes.load_full();
+        if routes.iter().any(|route| !route.is_silent()) {
+            return;
+        }
+        let new = routes.iter().filter(|route| matches!(route.heard(), Heard::NotAsked));
+        futures_util::future::join_all(new.map(|route| route.listen())).await;
+    }
+
     /// The router for a prompt, by prefix and load, among the best there are: ready ones, else ones that answer (they
     /// know how long to wait for what they miss); of them those not in `avoid`, if any.
     pub(crate) fn choose(&self, prompt: &[u32], avoid: &[String]) -> Result<Routed, Error> {
@@ -321,6 +334,7 @@ fn describe(route: &Route) -> String {
     let address = &route.address;
     match route.heard() {
         Heard::Nothing(why) => format!("{address}: {why}"),
+        Heard::NotAsked => format!("{address}: not asked yet"),
         Heard::Status(status) if status.ready => format!("{address}: ready"),
         Heard::Status(status) => {
             let missing = status
@@ -342,4 +356,20 @@ fn describe(route: &Route) -> String {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody listens there: it is asked, and says so.
+    #[tokio::test]
+    async fn a_router_that_was_just_listed_is_asked_for_the_first_request() {
+        let member = Member { address: "127.0.0.1:1".to_owned(), record: None };
+        let routes = Routes::new();
+        routes.routes.store(Arc::new(vec![Arc::new(Route::new("a", &member).unwrap())]));
+        assert_eq!(routes.describe(), "127.0.0.1:1: not asked yet");
+        routes.listen_to_new().await;
+        assert!(!routes.describe().contains("not asked yet"), "{}", routes.describe());
+    }
 }
