@@ -366,7 +366,7 @@ impl Flight {
             return Vec::new();
         }
         if self.pieces.progress(idx) == Progress::Waiting {
-            // Somebody is at it already, unless he has been ejected since.
+            // Somebody is at it already, unless he has been ejected since. Where nobody else can, he is waited for.
             return self.hedge(idx, &purpose, |health| &mut health.failovers, around).unwrap_or_default();
         }
         self.replace(idx, &purpose, around)

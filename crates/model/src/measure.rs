@@ -63,8 +63,8 @@ pub fn kernels(elapsed: &dyn Fn() -> Duration, huge_pages: bool) -> Result<Vec<F
     let peak_f32 = peak(&|| black_box(limits::multiply_f32(black_box(1.0))).0);
 
     let mut figures = vec![Figure { name: "read".to_owned(), unit: "GB/s", value: read, limit: read }];
-    if limits::multiply_tiles().is_some() {
-        let value = peak(&|| black_box(limits::multiply_tiles()).unwrap_or_default());
+    if Isa::detect().has_tiles() {
+        let value = peak(&|| black_box(limits::multiply_tiles()));
         figures.push(Figure { name: "int8, tiles alone".to_owned(), unit: "GOP/s", value, limit: peak_i8 });
     }
     let names = [(Bits::Eight, "int8"), (Bits::Four, "int4")];

@@ -392,6 +392,26 @@ fn a_part_that_is_stranded_twice_goes_to_who_comes() {
     check(flight);
 }
 
+/// a lost the frame and is silent; b failed with the hedge, and is back.
+#[test]
+fn who_failed_with_a_hedge_is_asked_again_when_the_other_is_ejected() {
+    let mut case = Case::warm(TWICE);
+    let (mut flight, orders) = case.launch(EXACT);
+    let [lost, other] = &orders[..] else { panic!("{orders:?}") };
+    case.land(&mut flight, std::slice::from_ref(other));
+    case.now += Duration::from_millis(20);
+    let hedge = flight.tick(&mut case.around());
+    assert_eq!((hedge.len(), &hedge[0].holder), (1, &other.holder));
+    let damaged = Error::new(Code::Unavailable, "checksum_mismatch", "damaged");
+    assert!(flight.lose_holder(&other.holder, &damaged, &mut case.around()).is_empty());
+    assert!(flight.look_again(&mut case.around()).is_empty(), "the first one is still in");
+    case.health.failed(&lost.holder, FrameId(0), Failure::Wrong, case.now);
+    let again = flight.look_again(&mut case.around());
+    assert_eq!((again.len(), &again[0].holder), (1, &other.holder));
+    case.land(&mut flight, &again);
+    check(flight);
+}
+
 #[test]
 fn a_probe_goes_along_with_a_frame_that_somebody_else_computes() {
     let mut case = Case::warm(TWICE);

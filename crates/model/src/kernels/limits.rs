@@ -53,13 +53,13 @@ pub(crate) fn multiply_i8(seed: i8) -> (usize, i32) {
     }
 }
 
-/// The same of tiles, where there are any.
-pub(crate) fn multiply_tiles() -> Option<usize> {
+/// The same of tiles; none where there are none.
+pub(crate) fn multiply_tiles() -> usize {
     match Isa::detect() {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Amx => Some(unsafe { super::packed::amx::multiply(TURNS / 64) }),
-        _ => None,
+        Isa::Amx => unsafe { super::packed::amx::multiply(TURNS / 64) },
+        _ => 0,
     }
 }
 
