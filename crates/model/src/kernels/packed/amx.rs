@@ -196,7 +196,7 @@ impl Work {
         for ((block, numbers), w_scales) in blocks.zip(&mut self.numbers).zip(&mut self.scales) {
             let lines = panel.block(block);
             for line in lines {
-                avx512::prefetch(line, ahead_bytes);
+                avx512::prefetch::<_MM_HINT_T0>(line, ahead_bytes);
             }
             match bits {
                 Bits::Eight => {

@@ -10,8 +10,10 @@ use super::{
     BLOCK, Bits, GROUP, Group, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, gated,
 };
 
-/// How far ahead a panel's lines are asked for.
+/// How far ahead a panel's lines are asked for, into the second cache and from there into the first: with one of both,
+/// or with the lines of a pair of blocks asked for at once, a core reads a tenth less.
 const AHEAD_BYTES: usize = 2048;
+const NEAR_BYTES: usize = 512;
 /// Groups of four neighbouring elements in a block.
 const STEPS: usize = BLOCK / 4;
 
@@ -68,8 +70,15 @@ pub(super) fn load(bytes: &Line) -> __m512i {
 /// Asks for what is read next but a few blocks: the hardware's own prefetch ends at each page of 4 KiB.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn prefetch(line: &Line, ahead_bytes: usize) {
-    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead_bytes).cast());
+pub(super) fn prefetch<const HINT: i32>(line: &Line, ahead_bytes: usize) {
+    _mm_prefetch::<HINT>(line.as_ptr().wrapping_add(ahead_bytes).cast());
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_after(line: &Line) {
+    prefetch::<_MM_HINT_T0>(line, NEAR_BYTES);
+    prefetch::<_MM_HINT_T1>(line, AHEAD_BYTES);
 }
 
 /// The scales of one block as f32.
@@ -140,12 +149,10 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
     let (x_numbers, x_scales) = (x.numbers.as_chunks::<R>().0, x.scales.as_chunks::<R>().0);
     let mut of_rows = x_numbers.iter().zip(x_scales).zip(x.biases.as_chunks::<R>().0);
     for lines in panel.lines.chunks_exact(pair_lines) {
-        if PREFETCH {
-            for line in lines {
-                prefetch(line, AHEAD_BYTES);
-            }
-        }
         let Some((w_scales, lines)) = lines.split_first() else { return };
+        if PREFETCH {
+            prefetch_after(w_scales);
+        }
         let blocks = lines.chunks_exact(pair_lines / 2).zip(w_scales.as_chunks::<SCALES_BYTES>().0);
         for ((lines, w_scales), ((x, x_scales), biases)) in blocks.zip(&mut of_rows) {
             let mut dots = [_mm512_setzero_si512(); R];
@@ -154,6 +161,9 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
             }
             for (at, line) in lines.iter().enumerate() {
                 let w = load(line);
+                if PREFETCH {
+                    prefetch_after(line);
+                }
                 if FOUR {
                     let low = _mm512_and_si512(w, low_halves);
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low_halves);
