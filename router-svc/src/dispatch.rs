@@ -22,8 +22,8 @@ pub(crate) struct Activations {
     pub(crate) layer: LayerId,
     pub(crate) hidden_size: usize,
     pub(crate) dtype: Dtype,
-    /// `[rows, hidden]`
-    pub(crate) normed: Vec<f32>,
+    /// `[rows, hidden]`; the shared experts are computed from them too.
+    pub(crate) normed: Arc<Vec<f32>>,
     pub(crate) assignments: model::Assignments,
     /// Whose rows are recorded.
     pub(crate) traced: Traced,
@@ -259,7 +259,7 @@ pub(crate) mod tests {
             layer: LayerId(0),
             hidden_size: 2,
             dtype: Dtype::F32,
-            normed: (0..experts.len()).map(|value| value as f32).collect(),
+            normed: Arc::new((0..experts.len()).map(|value| value as f32).collect()),
             assignments: model::Assignments {
                 top_k: 2,
                 experts: experts.iter().copied().map(ExpertId).collect(),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cluster::table;
 use ids::{ExpertId, LayerId, RowIndex};
-use model::{Backbone, FeedForward, Pages, Span};
+use model::{Assignments, Backbone, FeedForward, Moe, Pages, Span};
 use proto::{
     Error,
     frame::{self, Grid},
@@ -118,30 +118,25 @@ pub(crate) fn forward(
         let started = remote.now();
         layer.attend(&mut hidden, &step.spans, pages);
         let attended = remote.now();
-        let normed = layer.post_attention_layernorm(&hidden);
+        let normed = Arc::new(layer.post_attention_layernorm(&hidden));
         let (update, dispatch) = match layer.feed_forward() {
             FeedForward::Dense(mlp) => (mlp.apply(&normed), None),
             FeedForward::Routed(moe) => {
-                let assignments = if mode.skip_missing {
-                    let missing = remote.missing(layer.id(), backbone.config().n_routed_experts);
-                    let (assignments, masked) = moe.gate_without(&normed, &missing);
-                    note_masked(layer.id(), &masked, step);
-                    assignments
-                } else {
-                    moe.gate(&normed) // [rows, topk]
-                };
-                let activations = Activations {
-                    layer: layer.id(),
-                    hidden_size: backbone.config().hidden_size,
-                    dtype: mode.dtype,
-                    assignments,
-                    normed,
-                    traced: Arc::clone(&step.traced),
-                };
-                let rows = live_rows(&activations, step, &mut fates);
-                let dispatched = remote.now();
-                let flight = remote.dispatch(activations, rows, mode.of(layer.id()));
-                let shared = moe.shared(&flight.activations().normed); // while the experts work
+                // The other threads begin with the shared experts; this one joins them while the experts work.
+                let ((flight, dispatched), shared) = moe.shared_beside(&normed, || {
+                    let assignments = gate(layer.id(), moe, &normed, step, remote, mode); // [rows, topk]
+                    let activations = Activations {
+                        layer: layer.id(),
+                        hidden_size: backbone.config().hidden_size,
+                        dtype: mode.dtype,
+                        assignments,
+                        normed: Arc::clone(&normed),
+                        traced: Arc::clone(&step.traced),
+                    };
+                    let rows = live_rows(&activations, step, &mut fates);
+                    let dispatched = remote.now();
+                    (remote.dispatch(activations, rows, mode.of(layer.id())), dispatched)
+                });
                 let shared_at = remote.now();
                 note_participants(flight.activations(), step);
                 let rows_by_expert = rows_by_expert(flight.activations(), backbone.config().n_routed_experts);
@@ -160,6 +155,24 @@ pub(crate) fn forward(
         layers.push(LayerLog { layer: layer.id(), started, attended, dispatch, ended: remote.now() });
     }
     Forward { hidden, fates, contribution_max, layers }
+}
+
+/// The gate's choice, of those that somebody holds if missing ones are to be left out.
+fn gate(
+    layer: LayerId,
+    moe: &Moe,
+    normed: &[f32],
+    step: &mut Step<'_>,
+    remote: &Remote,
+    mode: &CombineMode,
+) -> Assignments {
+    if !mode.skip_missing {
+        return moe.gate(normed);
+    }
+    let missing = remote.missing(layer, moe.n_experts());
+    let (assignments, masked) = moe.gate_without(normed, &missing);
+    note_masked(layer, &masked, step);
+    assignments
 }
 
 /// The rows worth sending: of spans that are still whole, with finite numbers.

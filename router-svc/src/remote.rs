@@ -51,7 +51,8 @@ pub(crate) enum LinkEvent {
 }
 
 pub(crate) struct Remote {
-    event_loop: EventLoop,
+    /// Shared with nobody but a turn of it, during which the rest of this is used too.
+    event_loop: Arc<EventLoop>,
     view: Arc<ArcSwap<View>>,
     events: UnboundedReceiver<LinkEvent>,
     health: Health,
@@ -76,7 +77,7 @@ impl Remote {
         limits: health::Limits,
     ) -> Self {
         Self {
-            event_loop,
+            event_loop: Arc::new(event_loop),
             view,
             events,
             health: Health::new(limits),
@@ -145,9 +146,9 @@ impl Remote {
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
         let n_bytes = |frame: &Frame| frame.rows.n_bytes() + frame.assignments.len() * ASSIGNMENT_BYTES;
         let is_large = orders.iter().any(|order| n_bytes(&order.frame) > SOCKET_BYTES);
-        self.send(&mut flight, orders);
         // On their way before anything else is computed.
-        self.event_loop.turn();
+        let event_loop = Arc::clone(&self.event_loop);
+        event_loop.turn(|| self.send(&mut flight, orders));
         if is_large {
             self.event_loop.hand_over();
         }

@@ -58,72 +58,106 @@ pub(crate) fn sample(logits: &[f32], sampling: &Sampling, draw: Draw<'_>) -> Dra
 }
 
 fn sample_allowed(logits: &[f32], sampling: &Sampling, Draw { position, n_top, .. }: Draw<'_>) -> Drawn {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let id = if sampling.temperature > 0.0 { draw(logits, max, sampling, position) } else { argmax(logits) };
-    let total: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
-    let logprob = |id: usize| (f64::from(logits[id] - max) - total.ln()) as f32;
-    let top = most_likely(logits, n_top).into_iter().map(|id| (id as u32, logprob(id))).collect();
+    let max = model::largest(logits);
+    let mut ranked = Ranked::new(logits);
+    let id = if sampling.temperature > 0.0 {
+        draw(&mut ranked, max, sampling, position)
+    } else {
+        // The lowest id among the largest logits.
+        logits.iter().position(|logit| *logit == max).unwrap_or(0)
+    };
+    let total = model::sum_of_exp(logits, max, 1.0).ln();
+    let logprob = |id: usize| (f64::from(logits[id] - max) - total) as f32;
+    let top = ranked.first(n_top).iter().map(|&id| (id, logprob(id as usize))).collect();
     Drawn { id: id as u32, logprob: logprob(id), top }
 }
 
-/// The lowest id among the largest logits.
-fn argmax(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
+/// Ids by their logits, largest first, lower ids first among equals. Ordered only as far as somebody looks: that is a small
+/// part of a large vocabulary.
+struct Ranked<'a> {
+    logits: &'a [f32],
+    /// None was looked at if empty.
+    ids: Vec<u32>,
+    n_ordered: usize,
+}
+
+impl<'a> Ranked<'a> {
+    const ORDERED_AT_ONCE: usize = 64;
+
+    const fn new(logits: &'a [f32]) -> Self {
+        Self { logits, ids: Vec::new(), n_ordered: 0 }
+    }
+
+    /// The first `n`, or all if there are fewer.
+    fn first(&mut self, n: usize) -> &[u32] {
+        let n = n.min(self.logits.len());
+        if n > self.n_ordered {
+            if self.ids.is_empty() {
+                self.ids = (0..self.logits.len() as u32).collect();
+            }
+            let order = |a: &u32, b: &u32| {
+                let [of_a, of_b] = [a, b].map(|id| self.logits[*id as usize]);
+                of_b.total_cmp(&of_a).then(a.cmp(b))
+            };
+            // More than were asked for: whoever goes from one to the next asks for few of them.
+            let n_ordered = n.max(4 * self.n_ordered).max(Self::ORDERED_AT_ONCE).min(self.ids.len());
+            let left = &mut self.ids[self.n_ordered..];
+            let n_more = n_ordered - self.n_ordered;
+            if n_more < left.len() {
+                left.select_nth_unstable_by(n_more - 1, order);
+            }
+            left[..n_more].sort_unstable_by(order);
+            self.n_ordered = n_ordered;
         }
+        &self.ids[..n]
     }
-    best
+
+    fn get(&mut self, at: usize) -> Option<usize> {
+        self.first(at + 1).get(at).map(|&id| id as usize)
+    }
 }
 
-/// The `n` largest logits' ids, largest first, lower ids first among equals.
-fn most_likely(logits: &[f32], n: usize) -> Vec<usize> {
-    let n = n.min(logits.len());
-    let mut ids: Vec<usize> = (0..logits.len()).collect();
-    let order = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-    if n == 0 {
-        return Vec::new();
-    }
-    if n < ids.len() {
-        ids.select_nth_unstable_by(n - 1, order);
-        ids.truncate(n);
-    }
-    ids.sort_unstable_by(order);
-    ids
-}
-
-fn draw(logits: &[f32], max: f32, sampling: &Sampling, position: u64) -> usize {
-    let keep = if sampling.top_k == 0 { logits.len() } else { sampling.top_k };
-    let mut candidates: Vec<(usize, f64)> = most_likely(logits, keep)
-        .into_iter()
-        .map(|id| (id, (f64::from(logits[id] - max) / f64::from(sampling.temperature)).exp()))
-        .collect();
-    if sampling.top_p < 1.0 {
-        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-        let mut mass = 0.0;
-        let n_kept = candidates.iter().take_while(|(_, weight)| {
-            let needed = mass < f64::from(sampling.top_p) * total;
+/// Every filter keeps some of the first candidates.
+fn draw(ranked: &mut Ranked<'_>, max: f32, sampling: &Sampling, position: u64) -> usize {
+    let n_logits = ranked.logits.len();
+    let temperature = f64::from(sampling.temperature);
+    // The best candidate's is 1.
+    let weight = |logits: &[f32], id: usize| (f64::from(logits[id] - max) / temperature).exp();
+    let mut n_kept = if sampling.top_k == 0 { n_logits } else { sampling.top_k.min(n_logits) };
+    let mut total = if n_kept == n_logits {
+        // Of the smallest temperatures that there are, the reciprocal would be infinite.
+        model::sum_of_exp(ranked.logits, max, sampling.temperature.recip().min(f32::MAX))
+    } else {
+        let logits = ranked.logits;
+        ranked.first(n_kept).iter().map(|&id| weight(logits, id as usize)).sum()
+    };
+    if sampling.top_p < 1.0 || sampling.min_p > 0.0 {
+        let (mut n, mut mass) = (0, 0.0);
+        while n < n_kept
+            && let Some(id) = ranked.get(n)
+        {
+            let weight = weight(ranked.logits, id);
+            let is_enough = sampling.top_p < 1.0 && mass >= f64::from(sampling.top_p) * total;
+            if n > 0 && is_enough || weight < f64::from(sampling.min_p) {
+                break;
+            }
             mass += weight;
-            needed
-        });
-        let n_kept = n_kept.count().max(1);
-        candidates.truncate(n_kept);
+            n += 1;
+        }
+        (n_kept, total) = (n, mass);
     }
-    if sampling.min_p > 0.0 {
-        // The best candidate's weight is 1 by construction.
-        candidates.retain(|(_, weight)| *weight >= f64::from(sampling.min_p));
-    }
-    let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
     let mut left = uniform(sampling.seed, position) * total;
-    for (id, weight) in &candidates {
-        left -= weight;
+    let mut drawn = 0;
+    for at in 0..n_kept {
+        let Some(id) = ranked.get(at) else { break };
+        drawn = id;
+        left -= weight(ranked.logits, id);
         if left < 0.0 {
-            return *id;
+            break;
         }
     }
-    // Rounding can leave a crumb past the last candidate.
-    candidates.last().map_or(0, |(id, _)| *id)
+    // Rounding can leave a crumb past the last candidate: that one is drawn then.
+    drawn
 }
 
 /// A number in [0, 1) that depends on the seed and the position alone.
@@ -186,6 +220,33 @@ mod tests {
         let logits = [0.0, f32::ln(3.0)];
         let ones = (0..20_000).filter(|&position| at(&logits, &sampling, position).id == 1).count();
         assert!((14_700..15_300).contains(&ones), "{ones} of 20000, 15000 expected");
+    }
+
+    #[test]
+    fn any_temperature_draws_what_has_a_weight() {
+        let logits: Vec<f32> = (0..300).map(|id| (id * 7 % 300) as f32 / 50.0).collect();
+        let best = at(&logits, &GREEDY, 0).id;
+        for temperature in [f32::from_bits(1), f32::MIN_POSITIVE, 1e-6] {
+            let cold = Sampling { temperature, ..GREEDY };
+            assert!((0..50).all(|position| at(&logits, &cold, position).id == best), "{temperature:e}");
+        }
+        let hot = Sampling { temperature: f32::MAX, ..GREEDY };
+        let mut seen: Vec<u32> = (0..20_000).map(|position| at(&logits, &hot, position).id).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), logits.len());
+    }
+
+    #[test]
+    fn ids_are_ranked_as_far_as_one_looks() {
+        let logits: Vec<f32> = (0..1000).map(|id| (id * 37 % 101) as f32).collect();
+        let mut all: Vec<u32> = (0..1000).collect();
+        all.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+        let mut ranked = Ranked::new(&logits);
+        for n in [0, 1, 3, 64, 65, 400, 1000, 1001] {
+            assert_eq!(ranked.first(n), &all[..n.min(1000)]);
+        }
+        assert_eq!(Ranked::new(&[]).get(0), None);
     }
 
     #[test]

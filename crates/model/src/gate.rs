@@ -42,6 +42,10 @@ impl Gate {
         })
     }
 
+    pub(crate) fn n_experts(&self) -> usize {
+        self.e_score_correction_bias.len()
+    }
+
     /// `[rows, hidden]` → `[rows, topk]`
     pub(crate) fn apply(&self, normed: &[f32]) -> Assignments {
         self.apply_without(normed, &[]).0

@@ -215,6 +215,15 @@ dispatch! {
     /// `sum += Σ weights[row] · max(products[row], 0)`
     fn add_positive(products: &[[f32; packed::OUTPUTS]], weights: &[f32], sum: &mut [f32; packed::OUTPUTS])
 }
+dispatch! {
+    /// The largest of `values`, −∞ if there is none; what is no number does not count.
+    pub fn largest(values: &[f32]) -> f32
+}
+dispatch! {
+    /// Σ e^(scale · (value − shift)) within 1e-6 of it, the same on every machine. No term is less than e^-87.
+    pub fn sum_of_exp(values: &[f32], shift: f32, scale: f32) -> f64
+}
+
 /// Rows and a matrix `[outputs, width]` that they are multiplied with.
 pub(crate) struct Product<'a> {
     pub(crate) width: usize,
@@ -283,11 +292,13 @@ impl Cut {
         n_units.div_ceil(n_tasks).max(1)
     }
 
-    fn run<T: Send>(&self, tasks: Vec<T>, compute: impl Fn(T) + Sync) {
+    fn run<T: Send, F>(&self, tasks: Vec<T>, compute: impl Fn(T) + Sync, first: impl FnOnce() -> F) -> F {
         if self.n_tasks == 1 {
+            let done = first();
             tasks.into_iter().for_each(compute);
+            done
         } else {
-            threads::for_each(tasks, compute);
+            threads::for_each_beside(tasks, compute, first)
         }
     }
 }
@@ -295,6 +306,11 @@ impl Cut {
 /// Rows times matrices transposed, `[rows, outputs]` each: all of them one job of the threads, which share the outputs, so
 /// that each weight is read once.
 pub(crate) fn products(list: &[Product<'_>]) -> Vec<Vec<f32>> {
+    products_beside(list, || ()).1
+}
+
+/// The same, and this thread does something else `first` while others begin.
+pub(crate) fn products_beside<T>(list: &[Product<'_>], first: impl FnOnce() -> T) -> (T, Vec<Vec<f32>>) {
     let isa = Isa::detect();
     let cut = Cut::new(list.iter().map(Product::work).sum());
     let mut results: Vec<_> =
@@ -304,12 +320,15 @@ pub(crate) fn products(list: &[Product<'_>]) -> Vec<Vec<f32>> {
         let share = cut.share(product.outputs.div_ceil(UNIT), product.work()) * UNIT;
         tasks.extend(Columns::split(y, product.outputs, share).map(|columns| (product, columns)));
     }
-    cut.run(tasks, |(product, mut columns)| product.compute(isa, &mut columns));
-    results
+    let done = cut.run(tasks, |(product, mut columns)| product.compute(isa, &mut columns), first);
+    (done, results)
 }
 
 /// silu(gate x) · up x, quantized, in the same way.
-pub(crate) fn gated(list: &[packed::Gated<'_>]) -> Vec<packed::Rows> {
+pub(crate) fn gated_beside<T>(
+    list: &[packed::Gated<'_>],
+    first: impl FnOnce() -> T,
+) -> (T, Vec<packed::Rows>) {
     let isa = Isa::detect();
     let cut = Cut::new(list.iter().map(packed::Gated::work).sum());
     let mut results: Vec<_> = list.iter().map(|gated| gated.result(isa)).collect();
@@ -318,8 +337,8 @@ pub(crate) fn gated(list: &[packed::Gated<'_>]) -> Vec<packed::Rows> {
         let share = cut.share(gated.n_blocks(), gated.work());
         tasks.extend(packed::Blocks::split(rows, gated.n_blocks(), share).map(|blocks| (gated, blocks)));
     }
-    cut.run(tasks, |(gated, mut blocks)| gated.compute(isa, &mut blocks));
-    results
+    let done = cut.run(tasks, |(gated, mut blocks)| gated.compute(isa, &mut blocks), first);
+    (done, results)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use crate::{
     attention::Attention,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
     gate::Gate,
-    kernels::{packed::Bits, rms_norm, silu_mul, threads},
+    kernels::{gated_beside, packed::Bits, products_beside, rms_norm, silu_mul, threads},
     rope::Rotary,
     storage::{Input, Linear},
 };
@@ -165,23 +165,30 @@ impl Mlp {
     /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down. What is packed is also
     /// activated and quantized in the first one.
     pub(crate) fn apply_list(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
+        Self::apply_list_beside(list, || ()).1
+    }
+
+    /// The same, and this thread does something else `first` while others begin.
+    fn apply_list_beside<T>(list: &[(&Self, &[f32])], first: impl FnOnce() -> T) -> (T, Vec<Vec<f32>>) {
         let inputs: Vec<Input<'_>> = list.iter().map(|(_, rows)| Input::new(rows)).collect();
         let mlps = list.iter().map(|(mlp, _)| *mlp);
-        let pairs = mlps.clone().zip(&inputs).map(|(mlp, x)| (&mlp.gate_proj, &mlp.up_proj, x));
-        if let Some(gated) = Linear::gate_list(&pairs.collect::<Vec<_>>()) {
+        let all_gated = mlps.clone().zip(&inputs).map(|(mlp, x)| mlp.gate_proj.gated(&mlp.up_proj, x));
+        if let Some(all_gated) = all_gated.collect::<Option<Vec<_>>>() {
+            let (done, gated) = gated_beside(&all_gated, first);
             let gated: Vec<Input<'_>> = gated.into_iter().map(Input::of_quantized).collect();
             let down = mlps.zip(&gated).map(|(mlp, gated)| (&mlp.down_proj, gated));
-            return Linear::apply_list(&down.collect::<Vec<_>>());
+            return (done, Linear::apply_list(&down.collect::<Vec<_>>()));
         }
-        let both = mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [(&mlp.gate_proj, x), (&mlp.up_proj, x)]);
-        let mut gated = Linear::apply_list(&both.collect::<Vec<_>>());
+        let both =
+            mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [mlp.gate_proj.product(x), mlp.up_proj.product(x)]);
+        let (done, mut gated) = products_beside(&both.collect::<Vec<_>>(), first);
         let n_gated = gated.iter().map(Vec::len).sum();
         let (pairs, _) = gated.as_chunks_mut::<2>();
         let pairs = pairs.iter_mut().collect();
         threads::share(n_gated, || threads::for_each(pairs, |[gate, up]| silu_mul(gate, up)));
         let gated: Vec<Input<'_>> = gated.iter().step_by(2).map(|gate| Input::new(gate)).collect();
         let down = mlps.zip(&gated).map(|(mlp, gated)| (&mlp.down_proj, gated));
-        Linear::apply_list(&down.collect::<Vec<_>>())
+        (done, Linear::apply_list(&down.collect::<Vec<_>>()))
     }
 }
 
@@ -195,6 +202,12 @@ impl Moe {
             gate: Gate::load(checkpoint, &format!("{prefix}.gate"))?,
             shared_experts: (width > 0).then(shared).transpose()?,
         })
+    }
+
+    /// Routed experts that the gate chooses from.
+    #[must_use]
+    pub fn n_experts(&self) -> usize {
+        self.gate.n_experts()
     }
 
     /// normed hidden `[rows, hidden]` → `[rows, topk]` experts and weights (routed_scaling_factor applied).
@@ -217,6 +230,17 @@ impl Moe {
     /// The shared experts' sum `[rows, hidden]`; zeros where the model has none.
     #[must_use]
     pub fn shared(&self, normed: &[f32]) -> Vec<f32> {
-        self.shared_experts.as_ref().map_or_else(|| vec![0.0; normed.len()], |shared| shared.apply(normed))
+        self.shared_beside(normed, || ()).1
+    }
+
+    /// The same, and this thread does something else `first` while others begin.
+    pub fn shared_beside<T>(&self, normed: &[f32], first: impl FnOnce() -> T) -> (T, Vec<f32>) {
+        match &self.shared_experts {
+            Some(shared) => {
+                let (done, mut outputs) = Mlp::apply_list_beside(&[(shared, normed)], first);
+                (done, outputs.swap_remove(0))
+            }
+            None => (first(), vec![0.0; normed.len()]),
+        }
     }
 }

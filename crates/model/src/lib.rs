@@ -20,8 +20,9 @@ pub use config::ModelConfig;
 pub use expert::Experts;
 pub use gate::Assignments;
 pub use kernels::{
-    Isa, add_on_grid, add_weighted,
+    Isa, add_on_grid, add_weighted, largest,
     packed::Bits,
+    sum_of_exp,
     threads::{self, Threads},
 };
 pub use layer::{FeedForward, Layer, Mlp, Moe};

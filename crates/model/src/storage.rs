@@ -8,7 +8,7 @@ use memmap2::Mmap;
 use crate::{
     checkpoint::packed::Blob,
     kernels::{
-        Factors, Product, Weight, gated,
+        Factors, Product, Weight,
         packed::{self, Bits, Gated},
         products,
     },
@@ -184,13 +184,8 @@ impl Linear {
         products(&list.iter().map(|(matrix, x)| matrix.product(x)).collect::<Vec<_>>())
     }
 
-    /// silu(gate x) · up x for several pairs of matrices, as one job of the threads; None if any is not packed.
-    pub(crate) fn gate_list(list: &[(&Self, &Self, &Input<'_>)]) -> Option<Vec<packed::Rows>> {
-        let gateds = list.iter().map(|(gate, up, x)| gate.gate(up, x)).collect::<Option<Vec<_>>>()?;
-        Some(gated(&gateds))
-    }
-
-    fn gate<'a>(&'a self, up: &'a Self, x: &'a Input<'_>) -> Option<Gated<'a>> {
+    /// What silu(gate x) · up x is computed from in one pass; None if any of the matrices is not packed.
+    pub(crate) fn gated<'a>(&'a self, up: &'a Self, x: &'a Input<'_>) -> Option<Gated<'a>> {
         let Self { outputs, width, .. } = *self;
         match (self.view(), up.view()) {
             (View::Packed(bits, gate), View::Packed(up_bits, up)) if bits == up_bits => {
@@ -200,7 +195,7 @@ impl Linear {
         }
     }
 
-    fn product<'a>(&'a self, x: &'a Input<'_>) -> Product<'a> {
+    pub(crate) fn product<'a>(&'a self, x: &'a Input<'_>) -> Product<'a> {
         let Self { outputs, width, .. } = *self;
         let factors = match self.view() {
             View::F32(_) | View::Bf16(_) if x.rows.is_empty() && x.quantized.get().is_some() => {

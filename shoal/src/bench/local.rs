@@ -131,7 +131,7 @@ fn forward(local: &Local, ids: &[u32], spans: &[Span<'_>], pages: &mut Pages) ->
 /// Shared and routed experts.
 fn routed(local: &Local, layer: &Layer, moe: &Moe, normed: &[f32]) -> anyhow::Result<Vec<f32>> {
     let width = local.backbone.config().hidden_size;
-    let assignments = moe.gate(normed);
+    let (assignments, mut update) = moe.shared_beside(normed, || moe.gate(normed));
     let mut by_expert = vec![Vec::new(); local.backbone.config().n_routed_experts];
     for (slot, expert) in assignments.experts.iter().enumerate() {
         by_expert[expert.index()].push(slot);
@@ -145,7 +145,6 @@ fn routed(local: &Local, layer: &Layer, moe: &Moe, normed: &[f32]) -> anyhow::Re
     }
     let inputs: Vec<_> = groups.iter().map(|(expert, _, rows)| (*expert, rows.as_slice())).collect();
     let outputs = Expert::forward(&inputs);
-    let mut update = moe.shared(normed);
     for ((_, slots, _), outputs) in groups.iter().zip(outputs) {
         for (slot, output) in slots.iter().zip(outputs.chunks_exact(width)) {
             let update = &mut update[slot / assignments.top_k * width..][..width];

@@ -95,6 +95,43 @@ pub(super) fn softmax(scores: &mut [f32]) {
     }
 }
 
+/// The largest of `values`, −∞ if there is none; what is no number does not count.
+#[inline(always)]
+pub(super) fn largest(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = values.as_chunks::<LANES>();
+    for values in whole {
+        for (lane, value) in lanes.iter_mut().zip(values) {
+            if *value > *lane {
+                *lane = *value;
+            }
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Σ e^(scale · (value − shift)). A part's terms are added as f32: that is exact to some of its last places.
+#[inline(always)]
+pub(super) fn sum_of_exp(values: &[f32], shift: f32, scale: f32) -> f64 {
+    const PART: usize = 64 * LANES;
+    let mut total = 0.0;
+    // Loops: what a closure does may be compiled without the caller's instructions.
+    for part in values.chunks(PART) {
+        let mut lanes = [0.0; LANES];
+        let (whole, rest) = part.as_chunks::<LANES>();
+        for values in whole {
+            for (lane, value) in lanes.iter_mut().zip(values) {
+                *lane += exp(scale * (value - shift));
+            }
+        }
+        for (lane, value) in lanes.iter_mut().zip(rest) {
+            *lane += exp(scale * (value - shift));
+        }
+        total += f64::from(Portable::load(&lanes).reduce());
+    }
+    total
+}
+
 /// `weight * x / sqrt(mean(x²) + eps)` for each row of `x` `[rows, weight.len()]`.
 #[inline(always)]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {

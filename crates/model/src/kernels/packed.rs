@@ -266,7 +266,8 @@ pub(crate) fn rows_with_panels(
     y: &mut Columns<'_>,
 ) {
     let rows_max = x.n_rows.min(ROWS_PASS);
-    let mut sums = vec![[0.0; OUTPUTS]; rows_max * PANELS_PASS];
+    let (mut few, mut many) = ([[0.0; OUTPUTS]; GROUP * PANELS_PASS], Vec::new());
+    let sums = sums(rows_max * PANELS_PASS, &mut few, &mut many);
     for first in (0..x.n_rows).step_by(ROWS_PASS) {
         let n_rows = ROWS_PASS.min(x.n_rows - first);
         for start in panels.clone().step_by(PANELS_PASS) {
@@ -286,6 +287,19 @@ pub(crate) fn rows_with_panels(
             }
         }
     }
+}
+
+/// Room for `n` sums: `few`, which needs no memory of the heap, if that is enough.
+fn sums<'a>(
+    n: usize,
+    few: &'a mut [[f32; OUTPUTS]],
+    many: &'a mut Vec<[f32; OUTPUTS]>,
+) -> &'a mut [[f32; OUTPUTS]] {
+    if n <= few.len() {
+        return &mut few[..n];
+    }
+    many.resize(n, [0.0; OUTPUTS]);
+    many
 }
 
 /// For each output of some int8 panels: Σ weights[row] · max(x[row] · output, 0), in the order of the rows.

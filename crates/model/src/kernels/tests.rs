@@ -38,6 +38,31 @@ proptest! {
     }
 }
 
+proptest! {
+    #[test]
+    fn exponentials_are_summed_as_libm_does(
+        values in proptest::collection::vec(-30.0_f32..30.0, 0..5_000), scale in 0.1_f32..4.0
+    ) {
+        let max = largest(&values);
+        prop_assert_eq!(max, values.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let wanted: f64 = values.iter().map(|value| f64::from(scale * (value - max)).exp()).sum();
+        let sum = sum_of_exp(&values, max, scale);
+        prop_assert!((sum - wanted).abs() <= 1e-6 * wanted, "{} for {}", sum, wanted);
+        prop_assert_eq!(sum.to_bits(), generic::sum_of_exp(&values, max, scale).to_bits());
+    }
+}
+
+#[test]
+fn what_is_no_number_is_not_the_largest() {
+    assert_eq!(largest(&[]), f32::NEG_INFINITY);
+    for at in [0, 3, 16, 40] {
+        let mut values = [-1.0; 41];
+        values[(at + 1) % 41] = 2.0;
+        values[at] = f32::NAN;
+        assert_eq!(largest(&values), 2.0);
+    }
+}
+
 /// What [`attend`] sums, in f64 and without tiles.
 fn attended(q: &[f32], rows: &[&[f32]], scale: f32, width: usize) -> Vec<f64> {
     let dot = |row: &[f32]| q.iter().zip(row).map(|(q, x)| f64::from(*q) * f64::from(*x)).sum::<f64>();

@@ -52,6 +52,8 @@ struct Shared {
     published: AtomicU64,
     /// Helpers that have begun the job and not yet left it.
     inside: AtomicUsize,
+    /// The caller of the job sleeps until they have.
+    waited_for: AtomicBool,
     /// The next task.
     next: AtomicUsize,
     /// Those that compute beside the caller.
@@ -115,6 +117,7 @@ impl Threads {
             state: Mutex::default(),
             published: AtomicU64::new(0),
             inside: AtomicUsize::new(0),
+            waited_for: AtomicBool::new(false),
             next: AtomicUsize::new(0),
             helpers,
             left: Condvar::new(),
@@ -180,13 +183,25 @@ pub fn count() -> usize {
 /// Runs `task` with each number below `n_tasks`, on this thread and the others installed here. Returns when all are
 /// done; panics if one of them did. A task that calls this itself computes alone.
 pub fn run(n_tasks: usize, task: &Task<'_>) {
-    let shared = if n_tasks > 1 { CURRENT.with_borrow(Clone::clone) } else { None };
-    match shared {
+    if n_tasks > 1 {
+        run_beside(n_tasks, task, || ());
+    } else {
+        (0..n_tasks).for_each(task);
+    }
+}
+
+/// The same, and this thread does something else `first` while others begin.
+pub fn run_beside<T>(n_tasks: usize, task: &Task<'_>, first: impl FnOnce() -> T) -> T {
+    match CURRENT.with_borrow(Clone::clone) {
         Some(shared) if shared.n > 1 => {
             let _alone = Current::set(None);
-            shared.run(n_tasks, task);
+            shared.run(n_tasks, task, first)
         }
-        Some(_) | None => (0..n_tasks).for_each(task),
+        Some(_) | None => {
+            let done = first();
+            (0..n_tasks).for_each(task);
+            done
+        }
     }
 }
 
@@ -203,13 +218,23 @@ pub fn share<T>(numbers: usize, compute: impl FnOnce() -> T) -> T {
 
 /// Runs `task` with each of `items`.
 pub fn for_each<T: Send>(items: Vec<T>, task: impl Fn(T) + Sync) {
+    if items.len() > 1 {
+        for_each_beside(items, task, || ());
+    } else {
+        items.into_iter().for_each(task);
+    }
+}
+
+/// The same, and this thread does something else `first` while others begin.
+pub fn for_each_beside<T: Send, F>(items: Vec<T>, task: impl Fn(T) + Sync, first: impl FnOnce() -> F) -> F {
     let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
-    run(items.len(), &|at| {
+    let take = |at: usize| {
         let item = items[at].lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(item) = item {
             task(item);
         }
-    });
+    };
+    run_beside(items.len(), &take, first)
 }
 
 /// What `task` makes of each number below `n`, in their order.
@@ -225,12 +250,16 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, n_tasks: usize, task: &Task<'_>) {
+    fn run<T>(&self, n_tasks: usize, task: &Task<'_>, first: impl FnOnce() -> T) -> T {
         let _calling = match self.calling.try_lock() {
             Ok(calling) => calling,
             // A job that panicked has ended.
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return (0..n_tasks).for_each(task),
+            Err(TryLockError::WouldBlock) => {
+                let done = first();
+                (0..n_tasks).for_each(task);
+                return done;
+            }
         };
         #[expect(unsafe_code, reason = "sound: this function returns only when nobody is inside the job")]
         let task = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
@@ -239,13 +268,15 @@ impl Shared {
         self.next.store(0, Ordering::Relaxed);
         state.job = Some(job);
         state.n_jobs += 1;
-        self.published.store(state.n_jobs, Ordering::SeqCst);
+        let n_jobs = state.n_jobs;
         drop(state);
-        self.wake(n_tasks - 1);
+        // Whoever looks for it finds the lock free.
+        self.published.store(n_jobs, Ordering::SeqCst);
+        self.wake(n_tasks);
+        // Unwind safe: the panic goes on in the caller.
+        let done = catch_unwind(AssertUnwindSafe(first));
         let caught = self.work(job);
-        let mut state = self.lock();
-        state.job = None;
-        drop(state);
+        self.lock().job = None;
         for _ in 0..SPINS_AT_END {
             if self.inside.load(Ordering::Acquire) == 0 {
                 break;
@@ -253,13 +284,19 @@ impl Shared {
             hint::spin_loop();
         }
         let mut state = self.lock();
-        while self.inside.load(Ordering::Acquire) > 0 {
-            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        if self.inside.load(Ordering::Acquire) > 0 {
+            // Who leaves after this sees it.
+            self.waited_for.store(true, Ordering::SeqCst);
+            while self.inside.load(Ordering::SeqCst) > 0 {
+                state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.waited_for.store(false, Ordering::SeqCst);
         }
         let panic = state.panic.take().or(caught);
         drop(state);
-        if let Some(panic) = panic {
-            resume_unwind(panic);
+        match (done, panic) {
+            (Ok(done), None) => done,
+            (Err(panic), _) | (_, Some(panic)) => resume_unwind(panic),
         }
     }
 
@@ -316,11 +353,13 @@ impl Shared {
             // Under the lock, as is the end of the job: nobody enters after its caller has looked.
             self.inside.fetch_add(1, Ordering::Relaxed);
             drop(state);
-            let caught = self.work(job);
-            let mut state = self.lock();
-            state.panic = state.panic.take().or(caught);
-            self.inside.fetch_sub(1, Ordering::Release);
-            if state.job.is_none() {
+            if let Some(panic) = self.work(job) {
+                self.lock().panic.get_or_insert(panic);
+            }
+            self.inside.fetch_sub(1, Ordering::SeqCst);
+            if self.waited_for.load(Ordering::SeqCst) {
+                // The caller looks with the lock: it is asleep, or has seen that this one left.
+                drop(self.lock());
                 self.left.notify_one();
             }
         }
@@ -376,12 +415,42 @@ mod tests {
     }
 
     #[test]
+    fn the_caller_may_do_something_else_first() {
+        for threads in [threads(1, 0), threads(3, 0)] {
+            threads.install(|| {
+                for n_tasks in [0, 1, 100] {
+                    let runs = AtomicUsize::new(0);
+                    let count = |_| {
+                        runs.fetch_add(1, Ordering::Relaxed);
+                    };
+                    let squares = run_beside(n_tasks, &count, || map(20, |at| at * at));
+                    assert_eq!(squares, (0..20).map(|at| at * at).collect::<Vec<_>>());
+                    assert_eq!(runs.into_inner(), n_tasks);
+                }
+            });
+        }
+        // Another one has begun meanwhile.
+        let begun = AtomicBool::new(false);
+        let begin = |_| begun.store(true, Ordering::SeqCst);
+        let wait = || {
+            while !begun.load(Ordering::SeqCst) {
+                hint::spin_loop();
+            }
+        };
+        threads(2, 0).install(|| run_beside(1, &begin, wait));
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_and_the_threads_live_on() {
         let threads = threads(3, 0);
         for bad in [0, 50, 99] {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 threads.install(|| run(100, &|at| assert_ne!(at, bad, "on purpose")));
             }));
+            assert!(outcome.is_err());
+            let first = || panic!("on purpose");
+            let outcome =
+                catch_unwind(AssertUnwindSafe(|| threads.install(|| run_beside(100, &|_| (), first))));
             assert!(outcome.is_err());
             assert_eq!(count(), 1, "what was current is put back");
             let sum: usize = threads.install(|| map(100, |at| at)).into_iter().sum();

@@ -4,8 +4,8 @@
 use std::{marker::PhantomData, ops::Range};
 
 use super::{
-    super::generic::silu_mul, BLOCK, Biases, Bits, Isa, OUTPUTS, Panel, Quantize, ROWS_PASS, Rows, WideBlock,
-    biases_of, rows_with_panel, scalar, widen,
+    super::generic::silu_mul, BLOCK, Biases, Bits, GROUP, Isa, OUTPUTS, Panel, Quantize, ROWS_PASS, Rows,
+    WideBlock, biases_of, rows_with_panel, scalar, sums, widen,
 };
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -45,10 +45,10 @@ unsafe impl Send for Blocks<'_> {}
 
 /// Products of some rows with one block's panels of both matrices, and where they go.
 pub(super) struct Part<'p, 'r> {
-    gate: &'p mut [Vec<[f32; OUTPUTS]>; PANELS],
-    up: &'p [Vec<[f32; OUTPUTS]>; PANELS],
+    /// `[panels, rows]`, as are those of `up`.
+    gate: &'p mut [[f32; OUTPUTS]],
+    up: &'p [[f32; OUTPUTS]],
     first: usize,
-    n_rows: usize,
     block: usize,
     to: &'p mut Blocks<'r>,
 }
@@ -72,15 +72,16 @@ impl Gated<'_> {
     /// silu(gate x) · up x for the outputs of some blocks.
     pub(crate) fn compute(&self, isa: Isa, to: &mut Blocks<'_>) {
         let n_panels = self.outputs.div_ceil(OUTPUTS);
-        let n_rows = self.rows.n_rows().min(ROWS_PASS);
-        let sums = || std::array::from_fn(|_| vec![[0.0; OUTPUTS]; n_rows]);
-        let (mut gate, mut up): ([Vec<_>; PANELS], [Vec<_>; PANELS]) = (sums(), sums());
+        let rows_max = self.rows.n_rows().min(ROWS_PASS);
+        let (mut few, mut many) = ([[0.0; OUTPUTS]; GROUP * 2 * PANELS], Vec::new());
+        let sums = sums(rows_max * 2 * PANELS, &mut few, &mut many);
         for first in (0..self.rows.n_rows()).step_by(ROWS_PASS) {
             let n_rows = ROWS_PASS.min(self.rows.n_rows() - first);
+            let (gate, up) = sums[..n_rows * 2 * PANELS].split_at_mut(n_rows * PANELS);
             for block in to.range.clone() {
-                for at in 0..PANELS {
-                    for (packed, sums) in [(self.gate, &mut gate[at]), (self.up, &mut up[at])] {
-                        let (panel, sums) = (block * PANELS + at, &mut sums[..n_rows]);
+                let panels = block * PANELS..(block + 1) * PANELS;
+                for (packed, sums) in [(self.gate, &mut *gate), (self.up, &mut *up)] {
+                    for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(n_rows)) {
                         if panel < n_panels {
                             let panel = Panel::of(self.bits, packed, self.width, panel);
                             rows_with_panel(isa, self.bits, self.rows, first, panel, sums);
@@ -89,7 +90,7 @@ impl Gated<'_> {
                         }
                     }
                 }
-                gate_with(isa, Part { gate: &mut gate, up: &up, first, n_rows, block, to });
+                gate_with(isa, Part { gate, up, first, block, to });
             }
         }
     }
@@ -112,12 +113,10 @@ fn gate_with(isa: Isa, part: Part<'_, '_>) {
 
 #[inline(always)]
 pub(super) fn gate<Q: Quantize>(part: Part<'_, '_>) {
-    let Part { gate, up, first, n_rows, block, to } = part;
-    for (gate, up) in gate.iter_mut().zip(up) {
-        silu_mul(gate[..n_rows].as_flattened_mut(), up[..n_rows].as_flattened());
-    }
-    let [low, high] = gate;
-    for (row, (low, high)) in low.iter().zip(high).take(n_rows).enumerate() {
+    let Part { gate, up, first, block, to } = part;
+    silu_mul(gate.as_flattened_mut(), up.as_flattened());
+    let (low, high) = gate.split_at(gate.len() / PANELS);
+    for (row, (low, high)) in low.iter().zip(high).enumerate() {
         let mut x = [0.0; BLOCK];
         x[..OUTPUTS].copy_from_slice(low);
         x[OUTPUTS..].copy_from_slice(high);
