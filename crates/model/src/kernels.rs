@@ -31,7 +31,7 @@ pub(crate) use matmul::{Weight, matmul};
 const PARALLEL_FROM: usize = 1 << 18;
 
 /// Into how many tasks products are cut for each thread: what a thread that was late leaves to the others is small.
-const TASKS_PER_THREAD: usize = 16;
+const TASKS_PER_THREAD: usize = 8;
 
 /// Outputs that are never cut apart.
 const UNIT: usize = packed::OUTPUTS;

@@ -91,11 +91,13 @@ mod x86 {
     /// The same loop, and what is read next is asked for: the hardware's own prefetch ends at each page.
     #[target_feature(enable = "avx2")]
     pub(super) fn read(bytes: &[u8]) -> u64 {
-        const AHEAD_BYTES: usize = 1024;
+        const NEAR_BYTES: usize = 512;
+        const AHEAD_BYTES: usize = 2048;
         let mut lanes = [0_u64; 32];
         for line in bytes.as_chunks::<256>().0 {
             for part in line.as_chunks::<64>().0 {
-                _mm_prefetch::<_MM_HINT_T0>(part.as_ptr().wrapping_add(AHEAD_BYTES).cast());
+                _mm_prefetch::<_MM_HINT_T0>(part.as_ptr().wrapping_add(NEAR_BYTES).cast());
+                _mm_prefetch::<_MM_HINT_T1>(part.as_ptr().wrapping_add(AHEAD_BYTES).cast());
             }
             for (lane, word) in lanes.iter_mut().zip(line.as_chunks::<8>().0) {
                 *lane ^= u64::from_ne_bytes(*word);
