@@ -94,7 +94,9 @@ impl EventLoop {
     pub(crate) fn turn<T>(&self, act: impl FnOnce() -> T) -> T {
         self.run(async {
             let done = act();
-            // Goes on when nobody else can.
+            // Behind all whom that woke, whether this thread has the loop or the caretaker has not left it yet.
+            let _ran = self.shared.runtime().spawn(async {}).await;
+            // Goes on when nobody else can: whom those woke has run too.
             tokio::task::yield_now().await;
             done
         })
@@ -196,6 +198,10 @@ mod tests {
     fn a_turn_runs_all_that_was_ready_and_what_that_made_ready() {
         let event_loop = EventLoop::start().unwrap();
         let (sender, receiver) = mpsc::channel();
+        // The caretaker has the loop, as after a long computation.
+        while !event_loop.shared.cared_for.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
         // Each wakes a second one, as a link does its connection.
         for at in 0..100 {
             let sender = sender.clone();

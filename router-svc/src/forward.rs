@@ -122,9 +122,13 @@ pub(crate) fn forward(
         let (update, dispatch) = match layer.feed_forward() {
             FeedForward::Dense(mlp) => (mlp.apply(&normed), None),
             FeedForward::Routed(moe) => {
-                // The other threads begin with the shared experts; this one joins them while the experts work.
+                // Other threads begin with the shared experts while this one dispatches; it joins them while the experts
+                // work. A gate that is worth all threads goes before: the experts wait for it.
+                let alone = moe.gates_alone(step.ids.len());
+                let gated = (!alone).then(|| gate(layer.id(), moe, &normed, step, remote, mode));
                 let ((flight, dispatched), shared) = moe.shared_beside(&normed, || {
-                    let assignments = gate(layer.id(), moe, &normed, step, remote, mode); // [rows, topk]
+                    let assignments =
+                        gated.unwrap_or_else(|| gate(layer.id(), moe, &normed, step, remote, mode)); // [rows, topk]
                     let activations = Activations {
                         layer: layer.id(),
                         hidden_size: backbone.config().hidden_size,

@@ -147,17 +147,15 @@ fn draw(ranked: &mut Ranked<'_>, max: f32, sampling: &Sampling, position: u64) -
         (n_kept, total) = (n, mass);
     }
     let mut left = uniform(sampling.seed, position) * total;
-    let mut drawn = 0;
     for at in 0..n_kept {
         let Some(id) = ranked.get(at) else { break };
-        drawn = id;
         left -= weight(ranked.logits, id);
         if left < 0.0 {
-            break;
+            return id;
         }
     }
-    // Rounding can leave a crumb past the last candidate: that one is drawn then.
-    drawn
+    // Rounding can leave a crumb past the last candidate, which may be one that must not be drawn: it is the first one's.
+    ranked.get(0).unwrap_or(0)
 }
 
 /// A number in [0, 1) that depends on the seed and the position alone.

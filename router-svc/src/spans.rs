@@ -72,8 +72,9 @@ pub(crate) struct LayerLog {
 
 #[derive(Debug)]
 pub(crate) struct DispatchLog {
+    /// The gate has chosen; other threads may have begun with the shared experts.
     pub(crate) dispatched: Instant,
-    /// The shared experts are done.
+    /// The shared experts are done, and the frames were sent before.
     pub(crate) shared: Instant,
     pub(crate) landed: Instant,
     /// Rows that the gate sent to each expert.

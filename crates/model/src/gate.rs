@@ -6,7 +6,7 @@ use crate::{
     Error,
     checkpoint::Checkpoint,
     config::{self, Scoring},
-    kernels::{sigmoid, softmax},
+    kernels::{is_small, sigmoid, softmax},
     storage::Linear,
 };
 
@@ -44,6 +44,11 @@ impl Gate {
 
     pub(crate) fn n_experts(&self) -> usize {
         self.e_score_correction_bias.len()
+    }
+
+    /// True if one thread computes it for so many rows.
+    pub(crate) const fn is_small(&self, n_rows: usize) -> bool {
+        is_small(self.weight.work(n_rows))
     }
 
     /// `[rows, hidden]` → `[rows, topk]`

@@ -274,6 +274,11 @@ impl Product<'_> {
     }
 }
 
+/// True if products of so many multiply-adds are computed by one thread.
+pub(crate) const fn is_small(work: usize) -> bool {
+    work < PARALLEL_FROM
+}
+
 /// Cuts a job of so many multiply-adds into tasks.
 struct Cut {
     work: usize,
@@ -282,7 +287,7 @@ struct Cut {
 
 impl Cut {
     fn new(work: usize) -> Self {
-        let n_threads = if work < PARALLEL_FROM { 1 } else { threads::count() };
+        let n_threads = if is_small(work) { 1 } else { threads::count() };
         Self { work, n_tasks: if n_threads == 1 { 1 } else { n_threads * TASKS_PER_THREAD } }
     }
 

@@ -210,6 +210,12 @@ impl Moe {
         self.gate.n_experts()
     }
 
+    /// True if one thread computes the gate of so many rows: others may do something else meanwhile.
+    #[must_use]
+    pub const fn gates_alone(&self, n_rows: usize) -> bool {
+        self.gate.is_small(n_rows)
+    }
+
     /// normed hidden `[rows, hidden]` → `[rows, topk]` experts and weights (routed_scaling_factor applied).
     #[must_use]
     pub fn gate(&self, normed: &[f32]) -> Assignments {

@@ -152,6 +152,11 @@ impl Linear {
         }
     }
 
+    /// Multiply-adds for so many rows.
+    pub(crate) const fn work(&self, n_rows: usize) -> usize {
+        n_rows * self.width * self.outputs
+    }
+
     fn view(&self) -> View<'_> {
         match &self.values {
             Values::Packed { blob, bytes, bits } => View::Packed(*bits, &blob.bytes()[bytes.clone()]),

@@ -154,14 +154,14 @@ fn score_heads<V: Lanes, const H: usize, const POSITIONS: usize>(
 ) {
     let (blocks, rest) = rows.as_chunks::<POSITIONS>();
     for (block, rows) in blocks.iter().enumerate() {
-        for (scores, products) in scores.iter_mut().zip(dots::<V, f32, H, POSITIONS>(heads, *rows)) {
+        for (scores, products) in scores.iter_mut().zip(dots::<V, f32, H, POSITIONS, false>(heads, *rows)) {
             for (at, product) in products.into_iter().enumerate() {
                 scores[block * POSITIONS + at] = product * scale;
             }
         }
     }
     for (at, row) in rest.iter().enumerate() {
-        for (scores, [product]) in scores.iter_mut().zip(dots::<V, f32, H, 1>(heads, [*row])) {
+        for (scores, [product]) in scores.iter_mut().zip(dots::<V, f32, H, 1, false>(heads, [*row])) {
             scores[blocks.len() * POSITIONS + at] = product * scale;
         }
     }

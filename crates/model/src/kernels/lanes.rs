@@ -18,6 +18,10 @@ pub(crate) trait Lanes: Copy {
     fn load(x: &[f32; LANES]) -> Self;
     fn load_halves(x: &[bf16; LANES]) -> Self;
     fn store(self, to: &mut [f32; LANES]);
+    /// Asks for what is read soon and for what is read later, where there is an instruction for it: into the first and the
+    /// second cache.
+    #[inline(always)]
+    fn ask_for<T>(_soon: *const T, _later: *const T) {}
     /// `self * by + sum`, rounded once.
     fn mul_add(self, by: Self, sum: Self) -> Self;
     /// The one reduction tree: halves are added until one number is left.
@@ -128,6 +132,14 @@ fn reduce_eight(x: __m256) -> f32 {
 )]
 impl Lanes for Avx2 {
     #[inline(always)]
+    fn ask_for<T>(soon: *const T, later: *const T) {
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
+            _mm_prefetch::<_MM_HINT_T1>(later.cast());
+        }
+    }
+
+    #[inline(always)]
     fn splat(x: f32) -> Self {
         unsafe { Self([_mm256_set1_ps(x); 2]) }
     }
@@ -183,6 +195,14 @@ pub(super) struct Avx512(__m512);
     reason = "sound: made only where AVX-512 was detected; sixteen numbers are there, loads need no alignment"
 )]
 impl Lanes for Avx512 {
+    #[inline(always)]
+    fn ask_for<T>(soon: *const T, later: *const T) {
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
+            _mm_prefetch::<_MM_HINT_T1>(later.cast());
+        }
+    }
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         unsafe { Self(_mm512_set1_ps(x)) }

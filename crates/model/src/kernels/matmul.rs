@@ -10,6 +10,9 @@ use super::{
     lanes::{LANES, Lanes, Portable},
 };
 
+/// How far ahead of what is read the first cache has it.
+const NEAR_BYTES: usize = 512;
+
 /// A stored number, read as f32 exactly.
 pub(crate) trait Weight: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
@@ -104,22 +107,23 @@ fn stripe<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
     let output = |output: usize| &w[output * width..][..width];
     let mut first = 0;
     while first + OUTPUTS <= n_outputs {
-        let products = dots::<V, W, R, OUTPUTS>(x, std::array::from_fn(|at| output(first + at)));
+        let products = dots::<V, W, R, OUTPUTS, true>(x, std::array::from_fn(|at| output(first + at)));
         for (r, products) in products.into_iter().enumerate() {
             y[r * n_outputs + first..][..OUTPUTS].copy_from_slice(&products);
         }
         first += OUTPUTS;
     }
     for at in first..n_outputs {
-        for (r, [product]) in dots::<V, W, R, 1>(x, [output(at)]).into_iter().enumerate() {
+        for (r, [product]) in dots::<V, W, R, 1, false>(x, [output(at)]).into_iter().enumerate() {
             y[r * n_outputs + at] = product;
         }
     }
 }
 
-/// Scalar products of each of `x` with each of `w`, all of one length.
+/// Scalar products of each of `x` with each of `w`, all of one length. With `AHEAD`, others follow `w` in memory, and a single
+/// row waits for nothing else: they are asked for.
 #[inline(always)]
-pub(super) fn dots<V: Lanes, W: Weight, const R: usize, const C: usize>(
+pub(super) fn dots<V: Lanes, W: Weight, const R: usize, const C: usize, const AHEAD: bool>(
     x: [&[f32]; R],
     w: [&[W]; C],
 ) -> [[f32; C]; R] {
@@ -131,6 +135,10 @@ pub(super) fn dots<V: Lanes, W: Weight, const R: usize, const C: usize>(
     let (whole_x, whole_w) = (x.map(|x| &x.0[..n]), w.map(|w| &w.0[..n]));
     for at in 0..n {
         for c in 0..C {
+            if AHEAD && R == 1 {
+                let here = whole_w[c][at].as_ptr();
+                V::ask_for(here.wrapping_add(NEAR_BYTES / size_of::<W>()), here.wrapping_add(C * n * LANES));
+            }
             let w = W::lanes::<V>(&whole_w[c][at]);
             for r in 0..R {
                 sums[r][c] = V::load(&whole_x[r][at]).mul_add(w, sums[r][c]);

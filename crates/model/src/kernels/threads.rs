@@ -184,18 +184,23 @@ pub fn count() -> usize {
 /// done; panics if one of them did. A task that calls this itself computes alone.
 pub fn run(n_tasks: usize, task: &Task<'_>) {
     if n_tasks > 1 {
-        run_beside(n_tasks, task, || ());
+        // This thread takes one.
+        run_waking(n_tasks - 1, n_tasks, task, || ());
     } else {
         (0..n_tasks).for_each(task);
     }
 }
 
-/// The same, and this thread does something else `first` while others begin.
+/// The same, and this thread does something else `first` while others begin; if it computes then, it does so alone.
 pub fn run_beside<T>(n_tasks: usize, task: &Task<'_>, first: impl FnOnce() -> T) -> T {
+    run_waking(n_tasks, n_tasks, task, first)
+}
+
+fn run_waking<T>(n_awake: usize, n_tasks: usize, task: &Task<'_>, first: impl FnOnce() -> T) -> T {
     match CURRENT.with_borrow(Clone::clone) {
         Some(shared) if shared.n > 1 => {
             let _alone = Current::set(None);
-            shared.run(n_tasks, task, first)
+            shared.run(n_awake, n_tasks, task, first)
         }
         Some(_) | None => {
             let done = first();
@@ -219,22 +224,33 @@ pub fn share<T>(numbers: usize, compute: impl FnOnce() -> T) -> T {
 /// Runs `task` with each of `items`.
 pub fn for_each<T: Send>(items: Vec<T>, task: impl Fn(T) + Sync) {
     if items.len() > 1 {
-        for_each_beside(items, task, || ());
+        let items = Items::new(items);
+        run(items.0.len(), &|at| items.run(at, &task));
     } else {
         items.into_iter().for_each(task);
     }
 }
 
-/// The same, and this thread does something else `first` while others begin.
+/// The same, and this thread does something else `first` while others begin; if it computes then, it does so alone.
 pub fn for_each_beside<T: Send, F>(items: Vec<T>, task: impl Fn(T) + Sync, first: impl FnOnce() -> F) -> F {
-    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
-    let take = |at: usize| {
-        let item = items[at].lock().unwrap_or_else(PoisonError::into_inner).take();
+    let items = Items::new(items);
+    run_beside(items.0.len(), &|at| items.run(at, &task), first)
+}
+
+/// What each task takes for itself.
+struct Items<T>(Vec<Mutex<Option<T>>>);
+
+impl<T> Items<T> {
+    fn new(items: Vec<T>) -> Self {
+        Self(items.into_iter().map(|item| Mutex::new(Some(item))).collect())
+    }
+
+    fn run(&self, at: usize, task: impl Fn(T)) {
+        let item = self.0[at].lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(item) = item {
             task(item);
         }
-    };
-    run_beside(items.len(), &take, first)
+    }
 }
 
 /// What `task` makes of each number below `n`, in their order.
@@ -250,7 +266,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run<T>(&self, n_tasks: usize, task: &Task<'_>, first: impl FnOnce() -> T) -> T {
+    fn run<T>(&self, n_awake: usize, n_tasks: usize, task: &Task<'_>, first: impl FnOnce() -> T) -> T {
         let _calling = match self.calling.try_lock() {
             Ok(calling) => calling,
             // A job that panicked has ended.
@@ -272,7 +288,7 @@ impl Shared {
         drop(state);
         // Whoever looks for it finds the lock free.
         self.published.store(n_jobs, Ordering::SeqCst);
-        self.wake(n_tasks);
+        self.wake(n_awake);
         // Unwind safe: the panic goes on in the caller.
         let done = catch_unwind(AssertUnwindSafe(first));
         let caught = self.work(job);
@@ -300,12 +316,12 @@ impl Shared {
         }
     }
 
-    /// Wakes as many helpers as `n_tasks` can use, but not the one that would take this thread's core from it.
-    fn wake(&self, n_tasks: usize) {
+    /// Wakes so many helpers, but not the one that would take this thread's core from it.
+    fn wake(&self, n: usize) {
         let here = cores::current();
         let elsewhere = self.helpers.iter().filter(|helper| helper.core.is_none() || helper.core != here);
         let asleep = elsewhere.filter(|helper| helper.asleep.swap(false, Ordering::SeqCst));
-        asleep.take(n_tasks).filter_map(|helper| helper.thread.get()).for_each(Thread::unpark);
+        asleep.take(n).filter_map(|helper| helper.thread.get()).for_each(Thread::unpark);
     }
 
     /// Takes tasks until there are none; gives what one of them panicked with.
@@ -330,7 +346,8 @@ impl Shared {
         helper.thread.get_or_init(thread::current);
         let mut seen = 0;
         loop {
-            let called = || self.published.load(Ordering::SeqCst) != seen;
+            // It may have been seen before it was published.
+            let called = || self.published.load(Ordering::SeqCst) > seen;
             let mut spins = 0;
             while !called() && spins < self.spins {
                 hint::spin_loop();
