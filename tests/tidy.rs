@@ -303,9 +303,10 @@ fn flags_in(text: &str) -> BTreeSet<String> {
 }
 
 /// Flags that the docs show with other programs' commands.
-const FLAGS_OF_OTHERS: [&str; 11] = [
+const FLAGS_OF_OTHERS: [&str; 12] = [
     "config",
     "prefix",
+    "profile",
     "release",
     "locked",
     "workspace",
