@@ -137,6 +137,8 @@ async fn watch(spec: Spec, mut run: Run, pid: &AtomicU32, stop: &CancellationTok
 
 async fn launch(spec: &Spec, listen: SocketAddr, tasks: &Tasks) -> anyhow::Result<Run> {
     let mut child = Command::new(&spec.program)
+        // Ctrl-C reaches whoever stops them in order, and not them too.
+        .process_group(0)
         .args(&spec.args)
         .args(["--listen", &listen.to_string(), "--exit-with-stdin"])
         .stdin(Stdio::piped())
