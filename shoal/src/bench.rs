@@ -35,7 +35,8 @@ use crate::{
 ///
 /// Prompts are random token ids, answers are as long as asked whatever they say. Decoding is timed from the moment at
 /// which every sequence has its first token until the first one ends. Each figure is the median over the rounds, with
-/// the smallest and the largest.
+/// the smallest and the largest. By turns, each round is also compared with the same round of the first number of expert
+/// servers: OF FIRST is the median of these ratios.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  shoal bench --model DIR --weights q8 --experts 1,2,4,8 --batch 1,16")]
 pub(crate) struct Args {
@@ -65,6 +66,10 @@ pub(crate) struct Args {
     /// Rounds before them
     #[arg(long, default_value = "1", value_name = "N")]
     warm_up: usize,
+    /// Measure the numbers of expert servers by turns, round for round, instead of one after the other: what else the machine
+    /// does then meets all of them. Every one of them has the whole model in memory
+    #[arg(long)]
+    by_turns: bool,
     /// Measure the kernels instead, each beside the machine's limit
     #[arg(long, conflicts_with = "round_trip")]
     kernels: bool,
@@ -105,6 +110,9 @@ struct Figure {
     median: f64,
     min: f64,
     max: f64,
+    /// The median of what each round reached of the first subject's. Only if they were measured by turns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of_first: Option<f64>,
     rounds: usize,
 }
 
@@ -129,35 +137,68 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     // Draws only on a terminal, on stderr.
     let progress = ProgressBar::new((args.experts.len() * cases.len()) as u64);
     let mut figures = Vec::new();
-    for &experts in &args.experts {
-        let mut subject = Subject::start(&args, &model, experts).await?;
-        let mut prompts = Prompts { vocab: subject.vocab().await?, state: 1 };
-        for &case in &cases {
-            let mut rates = Vec::with_capacity(args.rounds.get());
-            for round in 0..args.warm_up + args.rounds.get() {
-                let rate = subject.measure(case, args.decode, &mut prompts).await;
-                let rate = rate.with_context(|| format!("{case} with {experts} expert servers"))?;
-                if round >= args.warm_up {
-                    rates.push(rate);
-                }
-            }
-            rates.sort_by(f64::total_cmp);
-            figures.push(Figure {
-                case,
-                experts,
-                weights: args.weights.weights.name(),
-                median: rates[rates.len() / 2],
-                min: rates[0],
-                max: rates[rates.len() - 1],
-                rounds: rates.len(),
-            });
-            progress.inc(1);
+    let together = if args.by_turns { args.experts.len() } else { 1 };
+    for experts in args.experts.chunks(together.max(1)) {
+        let mut subjects = Vec::with_capacity(experts.len());
+        for &experts in experts {
+            let subject = Subject::start(&args, &model, experts).await?;
+            // The same for all.
+            let prompts = Prompts { vocab: subject.vocab().await?, state: 1 };
+            subjects.push((subject, prompts));
         }
-        subject.stop().await;
+        for &case in &cases {
+            figures.extend(compare(&mut subjects, experts, case, &args).await?);
+            progress.inc(experts.len() as u64);
+        }
+        for (subject, _) in subjects {
+            subject.stop().await;
+        }
     }
     progress.finish_and_clear();
     print(&figures, args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The figures of `case`, measured by turns.
+async fn compare(
+    subjects: &mut [(Subject, Prompts)],
+    experts: &[usize],
+    case: Case,
+    args: &Args,
+) -> anyhow::Result<Vec<Figure>> {
+    let mut rates = vec![Vec::with_capacity(args.rounds.get()); subjects.len()];
+    for round in 0..args.warm_up + args.rounds.get() {
+        for (((subject, prompts), experts), rates) in subjects.iter_mut().zip(experts).zip(&mut rates) {
+            let rate = subject.measure(case, args.decode, prompts).await;
+            let rate = rate.with_context(|| format!("{case} with {experts} expert servers"))?;
+            if round >= args.warm_up {
+                rates.push(rate);
+            }
+        }
+    }
+    let of_first = |rates: &[Vec<f64>], at: usize| {
+        sorted(rates[at].iter().zip(&rates[0]).map(|(rate, first)| rate / first))
+    };
+    let figures = experts.iter().enumerate().map(|(at, &experts)| {
+        let (sorted, of_first) = (sorted(rates[at].iter().copied()), of_first(&rates, at));
+        Figure {
+            case,
+            experts,
+            weights: args.weights.weights.name(),
+            median: sorted[sorted.len() / 2],
+            min: sorted[0],
+            max: sorted[sorted.len() - 1],
+            of_first: args.by_turns.then(|| of_first[of_first.len() / 2]),
+            rounds: sorted.len(),
+        }
+    });
+    Ok(figures.collect())
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
 }
 
 /// What is measured.
@@ -176,10 +217,10 @@ impl Subject {
         Ok(Self::Cluster { cluster: Box::new(cluster), client })
     }
 
-    async fn vocab(&mut self) -> anyhow::Result<u32> {
+    async fn vocab(&self) -> anyhow::Result<u32> {
         Ok(match self {
             Self::Cluster { client, .. } => {
-                client.status(v1::RouterStatusRequest {}).await?.into_inner().vocab_size
+                client.clone().status(v1::RouterStatusRequest {}).await?.into_inner().vocab_size
             }
             Self::Local(local) => local.vocab(),
         })
@@ -302,17 +343,22 @@ fn print(figures: &[Figure], as_json: bool) -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    let mut rows = vec![["EXPERTS", "WEIGHTS", "CASE", "TOKENS/S", "MIN", "MAX"].map(str::to_owned).to_vec()];
+    let by_turns = figures.iter().any(|figure| figure.of_first.is_some());
+    let last = by_turns.then_some("OF FIRST");
+    let header = ["EXPERTS", "WEIGHTS", "CASE", "TOKENS/S", "MIN", "MAX"].into_iter().chain(last);
+    let mut rows = vec![header.map(str::to_owned).collect::<Vec<_>>()];
     rows.extend(figures.iter().map(|figure| {
         let rate = |rate: f64| format!("{rate:.1}");
-        vec![
+        let mut row = vec![
             figure.experts.to_string(),
             figure.weights.to_owned(),
             figure.case.to_string(),
             rate(figure.median),
             rate(figure.min),
             rate(figure.max),
-        ]
+        ];
+        row.extend(figure.of_first.map(|ratio| format!("{:.1} %", ratio * 100.0)));
+        row
     }));
     write!(out, "{}", table::format(&rows))?;
     Ok(())
