@@ -114,7 +114,7 @@ impl<'f> Sums<'f> {
                 at / width
             )));
         }
-        Ok(Combined { rows: Rows::encode(dtype, width, &self.values), overflow_rows })
+        Ok(Combined { rows: Rows::encode(dtype, width, self.values), overflow_rows })
     }
 }
 

@@ -14,7 +14,7 @@ use model::{
     Checkpoint,
     tune::{Tuning, Wanted},
 };
-use proto::{HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
+use proto::{HTTP2_FRAME_BYTES, HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
@@ -237,6 +237,7 @@ fn router(api: Arc<Api>, health: HealthServer<impl Health>, metrics: &Metrics) -
     Ok(Server::builder()
         .initial_stream_window_size(HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(HTTP2_FRAME_BYTES)
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))

@@ -21,6 +21,10 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// HTTP/2 windows on every connection of ours: below 8 MiB a layer's activations wait for window updates.
 pub const HTTP2_WINDOW_BYTES: u32 = 8 << 20;
 
+/// Largest HTTP/2 frame either end of a dispatch stream takes. With the protocol's 16 KiB, the rows of two sequences would be
+/// cut, and each piece would wake its reader; a ping waits for one of these at most.
+pub const HTTP2_FRAME_BYTES: u32 = 1 << 20;
+
 /// The generated messages, clients and servers of `shoal.v1`.
 pub mod v1 {
     #![expect(

@@ -53,37 +53,38 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Encodes `values`, row after row; their number must be a multiple of `width`. An int8 row with a number that is not
-    /// finite has none that is.
+    /// Encodes `values`, row after row; their number must be a multiple of `width`. As f32 they are not copied. An int8 row
+    /// with a number that is not finite has none that is.
     ///
     /// # Panics
     /// If it is not: the caller made both numbers.
     #[must_use]
-    pub fn encode(dtype: Dtype, width: usize, values: &[f32]) -> Self {
+    pub fn encode(dtype: Dtype, width: usize, values: impl Into<Vec<f32>>) -> Self {
+        let values = values.into();
         assert!(
             width > 0 && values.len().is_multiple_of(width),
             "{} values in rows of {width}",
             values.len()
         );
         let n_rows = values.len() / width;
-        let mut data = BytesMut::zeroed(n_rows * dtype.row_bytes(width));
-        match dtype {
-            Dtype::F32 => {
-                for (bytes, value) in data.as_chunks_mut().0.iter_mut().zip(values) {
-                    *bytes = value.to_le_bytes();
-                }
-            }
+        let zeros = || BytesMut::zeroed(n_rows * dtype.row_bytes(width));
+        let data = match dtype {
+            Dtype::F32 => Bytes::from_owner(LittleEndian::new(values)),
             Dtype::Bf16 => {
+                let mut data = zeros();
                 for (bytes, value) in data.as_chunks_mut().0.iter_mut().zip(values) {
-                    *bytes = bf16::from_f32(*value).to_le_bytes();
+                    *bytes = bf16::from_f32(value).to_le_bytes();
                 }
+                data.freeze()
             }
             Dtype::Int8 => {
+                let mut data = zeros();
                 let rows = data.chunks_exact_mut(dtype.row_bytes(width));
                 rows.zip(values.chunks_exact(width)).for_each(|(row, values)| encode_int8(row, values));
+                data.freeze()
             }
-        }
-        Self { dtype, n_rows, width, data: data.freeze() }
+        };
+        Self { dtype, n_rows, width, data }
     }
 
     /// Checks that the announced shape and the bytes agree.
@@ -225,6 +226,24 @@ impl Rows {
     }
 }
 
+/// Numbers whose memory is what they are on the wire.
+struct LittleEndian(Vec<f32>);
+
+impl LittleEndian {
+    fn new(mut values: Vec<f32>) -> Self {
+        if cfg!(target_endian = "big") {
+            values.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
+        }
+        Self(values)
+    }
+}
+
+impl AsRef<[u8]> for LittleEndian {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
 fn not_finite(message: String) -> Error {
     Error::new(crate::Code::InvalidArgument, "not_finite", message).with_param("rows.data")
 }
@@ -257,7 +276,7 @@ mod tests {
     proptest! {
         #[test]
         fn f32_rows_survive_to_the_bit(values in proptest::collection::vec(any::<f32>(), 1..40)) {
-            let rows = Rows::encode(Dtype::F32, 1, &values);
+            let rows = Rows::encode(Dtype::F32, 1, values.clone());
             let back = Rows::from_wire(rows.into_wire()).unwrap().to_f32();
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&back), bits(&values));
@@ -265,7 +284,7 @@ mod tests {
 
         #[test]
         fn bf16_rows_are_within_their_bound(values in proptest::collection::vec(-1e30_f32..1e30, 1..40)) {
-            let back = Rows::encode(Dtype::Bf16, 1, &values).to_f32();
+            let back = Rows::encode(Dtype::Bf16, 1, values.clone()).to_f32();
             for (value, back) in values.iter().zip(back) {
                 // Below the normal numbers the spacing is absolute.
                 prop_assert!((value - back).abs() <= value.abs() / 256.0 + 1e-40, "{} became {}", value, back);
@@ -276,7 +295,7 @@ mod tests {
     proptest! {
         #[test]
         fn int8_rows_are_within_half_a_step(values in proptest::collection::vec(-1e30_f32..1e30, 40)) {
-            let back = Rows::encode(Dtype::Int8, 20, &values).to_f32();
+            let back = Rows::encode(Dtype::Int8, 20, values.clone()).to_f32();
             for (values, back) in values.chunks(20).zip(back.chunks(20)) {
                 let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
                 for (value, back) in values.iter().zip(back) {

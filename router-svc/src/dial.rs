@@ -68,6 +68,7 @@ fn endpoint(address: &str) -> Result<Endpoint, Error> {
         .tcp_nodelay(true)
         .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
         .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
+        .max_frame_size(proto::HTTP2_FRAME_BYTES)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true))

@@ -218,7 +218,7 @@ pub(crate) fn pack(activations: &Activations, slots: &[Slot]) -> (Rows, Vec<Assi
             weight: activations.assignments.weights[slot.0],
         });
     }
-    (Rows::encode(activations.dtype, activations.hidden_size, &values), assignments, frame_rows)
+    (Rows::encode(activations.dtype, activations.hidden_size, values), assignments, frame_rows)
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ async fn a_rows_bits_follow_from_the_row_alone() {
                 continue;
             }
             let mut frame = frame(HIDDEN, 33, &[1, 7, 2, 5]);
-            frame.rows = Rows::encode(dtype, HIDDEN, &frame.rows.to_f32());
+            frame.rows = Rows::encode(dtype, HIDDEN, frame.rows.to_f32());
             frame.combine = combine;
             let together = three.ask(frame.clone()).await.unwrap().rows;
             assert_eq!(together.dtype(), dtype.of_reply());

@@ -179,7 +179,7 @@ pub(crate) fn frame(hidden: usize, n_rows: usize, experts: &[u32]) -> Frame {
     Frame {
         id: FrameId(42),
         layer: LayerId(1),
-        rows: Rows::encode(Dtype::F32, hidden, &values),
+        rows: Rows::encode(Dtype::F32, hidden, values),
         assignments: assignments.collect(),
         combine: Combine::Fast,
         timeout: None,

@@ -38,7 +38,7 @@ pub(crate) fn serve(frame: &Frame, overflow_over: f32) -> Reply {
         }
     };
     let computed = Computed {
-        rows: Rows::encode(Dtype::F32, 2, &values),
+        rows: Rows::encode(Dtype::F32, 2, values),
         overflow_rows,
         compute_time: Duration::ZERO,
         queue_time: Duration::ZERO,

@@ -69,7 +69,7 @@ impl Server {
         let spoil = |reply: &mut Reply, value: f32| {
             if let Ok(computed) = &mut reply.outcome {
                 let n = computed.rows.n_rows() * computed.rows.width();
-                computed.rows = Rows::encode(computed.rows.dtype(), computed.rows.width(), &vec![value; n]);
+                computed.rows = Rows::encode(computed.rows.dtype(), computed.rows.width(), vec![value; n]);
             }
         };
         if self.answers_stale {

@@ -115,7 +115,7 @@ fn frame(status: &v1::ExpertStatus) -> anyhow::Result<Frame> {
     Ok(Frame {
         id: FrameId(0),
         layer: LayerId(layer.layer),
-        rows: Rows::encode(Dtype::Bf16, width, &vec![0.5; n_rows * width]),
+        rows: Rows::encode(Dtype::Bf16, width, vec![0.5; n_rows * width]),
         assignments: vec![Assignment { row: RowIndex(0), expert: ExpertId(*expert), weight: 1.0 }],
         combine: Combine::Fast,
         timeout: None,
