@@ -144,7 +144,7 @@ mod tests {
         Frame {
             id: FrameId(1),
             layer: LayerId(3),
-            rows: Rows::encode(dtype, 2, &[0.0; 4]),
+            rows: Rows::encode(dtype, 2, [0.0; 4]),
             assignments: vec![assignment(0, 2), assignment(0, 1), assignment(1, 2)],
             combine,
             timeout: None,

@@ -280,7 +280,7 @@ mod tests {
         Frame {
             id: FrameId(7),
             layer: LayerId(3),
-            rows: Rows::encode(Dtype::F32, 2, &[1.0, 2.0, 3.0, 4.0]),
+            rows: Rows::encode(Dtype::F32, 2, [1.0, 2.0, 3.0, 4.0]),
             assignments: vec![
                 Assignment { row: RowIndex(0), expert: ExpertId(5), weight: 0.5 },
                 Assignment { row: RowIndex(1), expert: ExpertId(6), weight: 0.25 },
@@ -311,7 +311,7 @@ mod tests {
             epoch: Epoch(2),
             weights: WeightsHash(3),
             outcome: Ok(Computed {
-                rows: Rows::encode(Dtype::F32, 2, &[1.0, 2.0]),
+                rows: Rows::encode(Dtype::F32, 2, [1.0, 2.0]),
                 overflow_rows: vec![RowIndex(0)],
                 compute_time: Duration::from_micros(5),
                 queue_time: Duration::from_micros(7),

@@ -22,7 +22,7 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 pub const HTTP2_WINDOW_BYTES: u32 = 8 << 20;
 
 /// Largest HTTP/2 frame either end of a dispatch stream takes. With the protocol's 16 KiB, the rows of two sequences would be
-/// cut, and each piece would wake its reader; a ping waits for one of these at most.
+/// cut, and each piece would wake its reader. A ping waits for the one that is being written.
 pub const HTTP2_FRAME_BYTES: u32 = 1 << 20;
 
 /// The generated messages, clients and servers of `shoal.v1`.

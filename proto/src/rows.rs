@@ -53,7 +53,8 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Encodes `values`, row after row; their number must be a multiple of `width`. As f32 they are not copied. An int8 row
+    /// Encodes `values`, row after row; their number must be a multiple of `width`. A `Vec` of them is kept as it is where
+    /// f32 is asked for. An int8 row
     /// with a number that is not finite has none that is.
     ///
     /// # Panics
@@ -307,7 +308,7 @@ mod tests {
 
     #[test]
     fn int8_rows_have_a_scale_each_and_zeros_and_nothing_finite_stay_so() {
-        let rows = Rows::encode(Dtype::Int8, 2, &[0.0, 0.0, 127.0, -127.0, 1e-44, 0.0, 1.0, f32::INFINITY]);
+        let rows = Rows::encode(Dtype::Int8, 2, [0.0, 0.0, 127.0, -127.0, 1e-44, 0.0, 1.0, f32::INFINITY]);
         assert_eq!((rows.n_bytes(), rows.row_bytes()), (24, 6));
         let values = rows.to_f32();
         assert_eq!(values[..4], [0.0, 0.0, 127.0, -127.0]);
@@ -322,12 +323,12 @@ mod tests {
 
     #[test]
     fn a_scale_that_is_too_large_is_named() {
-        let mut wire = Rows::encode(Dtype::Int8, 2, &[1.0, 0.5]).into_wire();
+        let mut wire = Rows::encode(Dtype::Int8, 2, [1.0, 0.5]).into_wire();
         wire.data = [&f32::MAX.to_le_bytes()[..], &[127, 1]].concat().into();
         let error = Rows::from_wire(wire).unwrap().check_finite().unwrap_err();
         assert_eq!(error.message, "rows.data is not finite at row 0: its scale is 3.4028235e38");
         // The only number that 127 times a scale does not bound.
-        let mut wire = Rows::encode(Dtype::Int8, 2, &[1.0, 0.5, 1.0, 0.5]).into_wire();
+        let mut wire = Rows::encode(Dtype::Int8, 2, [1.0, 0.5, 1.0, 0.5]).into_wire();
         wire.data =
             [&1.0_f32.to_le_bytes()[..], &[127, 1], &1.0_f32.to_le_bytes(), &[1, 0x80]].concat().into();
         let error = Rows::from_wire(wire).unwrap().check_finite().unwrap_err();
@@ -336,7 +337,7 @@ mod tests {
 
     #[test]
     fn a_wrong_length_is_named() {
-        let mut wire = Rows::encode(Dtype::Bf16, 3, &[0.0; 6]).into_wire();
+        let mut wire = Rows::encode(Dtype::Bf16, 3, [0.0; 6]).into_wire();
         wire.data = Bytes::from_static(&[0; 11]);
         let error = Rows::from_wire(wire).unwrap_err();
         assert_eq!(error.message, "rows.data has 11 bytes, not 2 rows of 3 Bf16 in 6 bytes");
@@ -344,7 +345,7 @@ mod tests {
 
     #[test]
     fn the_first_nan_is_named() {
-        let rows = Rows::encode(Dtype::F32, 2, &[0.0, 1.0, 2.0, f32::NAN]);
+        let rows = Rows::encode(Dtype::F32, 2, [0.0, 1.0, 2.0, f32::NAN]);
         assert_eq!(rows.check_finite().unwrap_err().message, "rows.data is not finite at row 1, column 1");
     }
 }

@@ -204,7 +204,9 @@ fn cut(activations: &Activations, slots: Vec<Slot>) -> impl Iterator<Item = Vec<
 pub(crate) fn pack(activations: &Activations, slots: &[Slot]) -> (Rows, Vec<Assignment>, Vec<usize>) {
     let top_k = activations.top_k();
     let mut frame_rows: Vec<usize> = Vec::new();
-    let mut values = Vec::with_capacity(slots.len() * activations.hidden_size);
+    // The numbers are sent from where they are collected: what is too much would stay until then.
+    let n_rows = slots.chunk_by(|a, b| a.row(top_k) == b.row(top_k)).count();
+    let mut values = Vec::with_capacity(n_rows * activations.hidden_size);
     let mut assignments = Vec::with_capacity(slots.len());
     for &slot in slots {
         let row = slot.row(top_k);

@@ -68,7 +68,7 @@ pub(crate) struct Args {
     warm_up: usize,
     /// Measure the numbers of expert servers by turns, round for round, instead of one after the other: what else the machine
     /// does then meets all of them. Every one of them has the whole model in memory
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["kernels", "round_trip"])]
     by_turns: bool,
     /// Measure the kernels instead, each beside the machine's limit
     #[arg(long, conflicts_with = "round_trip")]
@@ -124,6 +124,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         let model = checkpoint_dir::find(args.model.as_deref())?;
         return round_trip::run(&model, args.json).await.map(|()| ExitCode::SUCCESS);
     }
+    ensure!(!args.by_turns || args.experts.len() > 1, "--by-turns compares several numbers of --experts");
     ensure!(args.decode >= 2, "--decode must be at least 2: the first token is not timed");
     let model = checkpoint_dir::find(args.model.as_deref())?;
     ensure!(!args.context.contains(&0), "--context must be at least 1: no router answers an empty prompt");
@@ -168,37 +169,39 @@ async fn compare(
 ) -> anyhow::Result<Vec<Figure>> {
     let mut rates = vec![Vec::with_capacity(args.rounds.get()); subjects.len()];
     for round in 0..args.warm_up + args.rounds.get() {
-        for (((subject, prompts), experts), rates) in subjects.iter_mut().zip(experts).zip(&mut rates) {
+        for turn in 0..subjects.len() {
+            // Each begins a round once.
+            let at = (round + turn) % subjects.len();
+            let (subject, prompts) = &mut subjects[at];
             let rate = subject.measure(case, args.decode, prompts).await;
-            let rate = rate.with_context(|| format!("{case} with {experts} expert servers"))?;
+            let rate = rate.with_context(|| format!("{case} with {} expert servers", experts[at]))?;
             if round >= args.warm_up {
-                rates.push(rate);
+                rates[at].push(rate);
             }
         }
     }
-    let of_first = |rates: &[Vec<f64>], at: usize| {
-        sorted(rates[at].iter().zip(&rates[0]).map(|(rate, first)| rate / first))
-    };
-    let figures = experts.iter().enumerate().map(|(at, &experts)| {
-        let (sorted, of_first) = (sorted(rates[at].iter().copied()), of_first(&rates, at));
-        Figure {
-            case,
-            experts,
-            weights: args.weights.weights.name(),
-            median: sorted[sorted.len() / 2],
-            min: sorted[0],
-            max: sorted[sorted.len() - 1],
-            of_first: args.by_turns.then(|| of_first[of_first.len() / 2]),
-            rounds: sorted.len(),
-        }
+    let figures = experts.iter().zip(&rates).map(|(&experts, of_it)| Figure {
+        case,
+        experts,
+        weights: args.weights.weights.name(),
+        median: median(of_it.clone()),
+        min: of_it.iter().copied().fold(f64::INFINITY, f64::min),
+        max: of_it.iter().copied().fold(0.0, f64::max),
+        of_first: args.by_turns.then(|| of_first(of_it, &rates[0])),
+        rounds: of_it.len(),
     });
     Ok(figures.collect())
 }
 
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut values: Vec<f64> = values.collect();
+/// The median of what each round reached of the same round of `first`.
+fn of_first(rates: &[f64], first: &[f64]) -> f64 {
+    median(rates.iter().zip(first).map(|(rate, first)| rate / first).collect())
+}
+
+/// Between the two in the middle of an even number; there is one at least.
+fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values
+    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
 }
 
 /// What is measured.
@@ -362,4 +365,22 @@ fn print(figures: &[Figure], as_json: bool) -> anyhow::Result<()> {
     }));
     write!(out, "{}", table::format(&rows))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_lie_in_the_middle() {
+        assert_eq!(median(vec![3.0]), 3.0);
+        assert_eq!(median(vec![9.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![9.0, 1.0, 2.0, 4.0]), 3.0);
+    }
+
+    #[test]
+    fn rounds_are_compared_with_the_same_round() {
+        // The machine was half as fast in the second round, for both.
+        assert_eq!(of_first(&[9.0, 4.5, 9.0], &[10.0, 5.0, 10.0]), 0.9);
+    }
 }

@@ -199,7 +199,8 @@ pub(crate) async fn channel(url: &str) -> anyhow::Result<Channel> {
     let endpoint = endpoint
         .tcp_nodelay(true)
         .initial_stream_window_size(proto::HTTP2_WINDOW_BYTES)
-        .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES);
+        .initial_connection_window_size(proto::HTTP2_WINDOW_BYTES)
+        .max_frame_size(proto::HTTP2_FRAME_BYTES);
     endpoint.connect().await.with_context(|| format!("cannot connect to {url}"))
 }
 

@@ -104,7 +104,7 @@ impl Experts {
                 None => checkpoint.bytes_of(&tensors),
                 Some(bits) => {
                     checkpoint.bytes_of(&tensors)?;
-                    Ok(Checkpoint::packed_bytes(bits, &Mlp::shapes(&tensors)))
+                    Ok(checkpoint.packed_bytes(bits, &Mlp::shapes(&tensors)))
                 }
             }
         };

@@ -144,10 +144,7 @@ impl Linear {
     /// Where its whole unit is in memory, if it is packed.
     pub(crate) fn packed_addresses(&self) -> Option<Range<usize>> {
         match &self.values {
-            Values::Packed { blob, .. } => {
-                let start = blob.bytes().as_ptr() as usize;
-                Some(start..start + blob.bytes().len())
-            }
+            Values::Packed { blob, .. } => Some(blob.addresses()),
             Values::Mapped(_) | Values::Copied(_) | Values::CopiedHalves(_) => None,
         }
     }

@@ -138,7 +138,7 @@ fn frame(id: u64, expert: u32, weights: WeightsHash) -> Frame {
     Frame {
         id: FrameId(id),
         layer: LayerId(1),
-        rows: Rows::encode(Dtype::F32, HIDDEN, &[0.25; HIDDEN]),
+        rows: Rows::encode(Dtype::F32, HIDDEN, [0.25; HIDDEN]),
         assignments: vec![Assignment { row: RowIndex(0), expert: ExpertId(expert), weight: 0.5 }],
         combine: Combine::Fast,
         timeout: None,

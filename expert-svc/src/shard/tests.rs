@@ -32,7 +32,7 @@ fn frame(shard: &Shard, experts: &[u32]) -> Frame {
     Frame {
         id: FrameId(1),
         layer: LayerId(1),
-        rows: Rows::encode(Dtype::F32, HIDDEN, &[0.25; HIDDEN]),
+        rows: Rows::encode(Dtype::F32, HIDDEN, [0.25; HIDDEN]),
         assignments: experts.iter().map(assignment).collect(),
         combine: Combine::Fast,
         timeout: None,
@@ -99,7 +99,7 @@ fn weights_are_those_of_the_distinct_experts() {
     let shard = shard(model.dir.path(), &[1, 2], u64::MAX);
     shard.hold(&holds("")).unwrap();
     let mut two = frame(&shard, &[1, 2]);
-    two.rows = Rows::encode(Dtype::F32, HIDDEN, &[0.25; 2 * HIDDEN]);
+    two.rows = Rows::encode(Dtype::F32, HIDDEN, [0.25; 2 * HIDDEN]);
     let again = two.assignments.iter().map(|assignment| Assignment { row: RowIndex(1), ..*assignment });
     two.assignments = two.assignments.iter().copied().chain(again).collect();
     assert!(shard.compute(&two).is_ok(), "each counts once");

@@ -109,7 +109,7 @@ fn frame(id: u64) -> Frame {
     Frame {
         id: FrameId(id),
         layer: LayerId(3),
-        rows: Rows::encode(Dtype::F32, HIDDEN, &[1.0; HIDDEN]),
+        rows: Rows::encode(Dtype::F32, HIDDEN, [1.0; HIDDEN]),
         assignments: vec![Assignment { row: RowIndex(0), expert: ExpertId(0), weight: 1.0 }; 3],
         combine: Combine::Fast,
         timeout: None,
@@ -272,7 +272,7 @@ async fn drain_answers_what_was_read_and_ends_the_stream() {
 async fn what_fails_fails_alone() {
     let server = Server::start();
     let (frames, mut replies) = server.connect();
-    let rows = Rows::encode(Dtype::F32, HIDDEN, &vec![1.0; (FRAME_BYTES_MAX / ROW + 1) * HIDDEN]);
+    let rows = Rows::encode(Dtype::F32, HIDDEN, vec![1.0; (FRAME_BYTES_MAX / ROW + 1) * HIDDEN]);
     frames.send(Ok(Frame { rows, ..frame(1) }.into_wire())).await.unwrap();
     let pairs = vec![frame(2).assignments[0]; REPLY_BYTES_MAX / ROW + 1];
     frames

@@ -136,7 +136,7 @@ fn unit_row(experts: &[u32], weight: f32, dtype: Dtype) -> proto::Frame {
     let mut frame = frame(HIDDEN, 1, experts);
     let mut row = [0.0; HIDDEN];
     row[0] = 1.0;
-    frame.rows = Rows::encode(dtype, HIDDEN, &row);
+    frame.rows = Rows::encode(dtype, HIDDEN, row);
     frame.assignments.iter_mut().for_each(|assignment| assignment.weight = weight);
     frame
 }

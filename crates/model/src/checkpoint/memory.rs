@@ -7,8 +7,7 @@ use memmap2::{MmapMut, MmapOptions};
 
 const HUGE_BYTES: usize = 2 << 20;
 
-/// The last page is a huge one too if no more than this part of the memory is lost behind its end: half of what a process
-/// may take beyond its weights.
+/// The last page is a huge one too if no more than the twentieth part of the bytes is lost behind their end.
 const UNUSED_PART: usize = 20;
 
 /// Bytes of no file.
@@ -16,6 +15,7 @@ const UNUSED_PART: usize = 20;
 pub(crate) struct Memory {
     map: MmapMut,
     bytes: ops::Range<usize>,
+    taken: usize,
 }
 
 impl Memory {
@@ -24,15 +24,26 @@ impl Memory {
         let n_huge = if huge { n_huge(n_bytes) * HUGE_BYTES } else { 0 };
         let slack = if huge { HUGE_BYTES } else { 0 };
         // What is never touched takes no room: that is so for all that lies before and behind.
-        let map = MmapOptions::new().len((n_bytes.max(n_huge) + slack).max(1)).map_anon()?;
+        let map = MmapOptions::new().len((taken(n_bytes, huge) + slack).max(1)).map_anon()?;
         let start = if huge { map.as_ptr().align_offset(HUGE_BYTES).min(slack) } else { 0 };
         #[cfg(target_os = "linux")]
         if n_huge > 0 {
             // Without huge pages in this system it is memory all the same.
             let _unsupported = map.advise_range(memmap2::Advice::HugePage, start, n_huge);
         }
-        Ok(Self { map, bytes: start..start + n_bytes })
+        Ok(Self { map, bytes: start..start + n_bytes, taken: taken(n_bytes, huge) })
     }
+
+    /// Where it is, with what its last page has beyond it.
+    pub(crate) fn addresses(&self) -> ops::Range<usize> {
+        let start = self.as_ptr() as usize;
+        start..start + self.taken
+    }
+}
+
+/// What so many bytes take: in huge pages, some of the last page as well.
+pub(crate) fn taken(n_bytes: usize, huge: bool) -> usize {
+    if huge { n_bytes.max(n_huge(n_bytes) * HUGE_BYTES) } else { n_bytes }
 }
 
 /// How many huge pages so many bytes are worth.
@@ -62,11 +73,17 @@ mod tests {
 
     #[test]
     fn the_last_page_is_huge_if_little_of_it_is_lost() {
-        // An expert of the bench model: 4.78 pages.
+        // 4.78 of them.
         assert_eq!(n_huge(10_031_104), 5);
-        for (n_bytes, pages) in
-            [(0, 0), (1, 0), (2 * HUGE_BYTES, 2), (2 * HUGE_BYTES + 1, 2), (20 * HUGE_BYTES + 1, 21)]
-        {
+        for (n_bytes, pages) in [
+            (0, 0),
+            (1, 0),
+            (2 * HUGE_BYTES, 2),
+            (2 * HUGE_BYTES + 1, 2),
+            (20 * HUGE_BYTES + 1, 21),
+            (HUGE_BYTES * 20 / 21, 0),
+            (HUGE_BYTES * 20 / 21 + 1, 1),
+        ] {
             assert_eq!(n_huge(n_bytes), pages, "{n_bytes} bytes");
         }
     }
@@ -74,11 +91,14 @@ mod tests {
     #[test]
     fn memory_is_zero_and_as_long_as_asked_for() {
         for huge in [false, true] {
-            for n in [0, 1, 4097, HUGE_BYTES, 3 * HUGE_BYTES + 5] {
+            for n in [0, 1, 4097, HUGE_BYTES, 3 * HUGE_BYTES + 5, 20 * HUGE_BYTES - 4095] {
                 let mut memory = Memory::new(n, huge).unwrap();
                 assert_eq!(memory.len(), n);
                 assert!(memory.iter().all(|byte| *byte == 0));
                 memory.fill(7);
+                let pages = if huge { n_huge(n) * HUGE_BYTES } else { 0 };
+                assert_eq!(memory.addresses().len(), n.max(pages));
+                assert!(memory.addresses().end <= memory.map.as_ptr() as usize + memory.map.len());
                 assert!(!huge || n == 0 || memory.as_ptr().align_offset(HUGE_BYTES) == 0);
             }
         }

@@ -9,6 +9,7 @@ use std::{
     fs::{self, File},
     hash::Hasher as _,
     io::Write as _,
+    ops::Range,
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
@@ -20,7 +21,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
-use super::{Checkpoint, Mapped, digest, memory::Memory};
+use super::{
+    Checkpoint, Mapped, digest,
+    memory::{self, Memory},
+};
 use crate::{
     Error,
     kernels::packed::{Bits, OUTPUTS, pack},
@@ -114,6 +118,17 @@ impl Blob {
             Self::Mapped(map) => map,
         }
     }
+
+    /// Where they are, with what is lost behind them.
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        match self {
+            Self::Memory(memory) => memory.addresses(),
+            Self::Mapped(map) => {
+                let start = map.as_ptr() as usize;
+                start..start + map.len()
+            }
+        }
+    }
 }
 
 /// What stands at the front of a unit's file.
@@ -193,9 +208,10 @@ impl Checkpoint {
         Ok(Unit { matrices: shapes.iter().zip(&places).map(matrix).collect(), hash: WeightsHash(hash) })
     }
 
-    /// Bytes of a unit's matrices.
-    pub(crate) fn packed_bytes(bits: Bits, shapes: &[Shape]) -> u64 {
-        places(bits, shapes).last().map_or(0, |(start, n)| (start + n) as u64)
+    /// Bytes of memory that a unit's matrices take.
+    pub(crate) fn packed_bytes(&self, bits: Bits, shapes: &[Shape]) -> u64 {
+        let n_bytes = places(bits, shapes).last().map_or(0, |(start, n)| start + n);
+        memory::taken(n_bytes, self.huge_pages) as u64
     }
 
     fn unit_path(&self, dir: &Path, unit: &str, bits: Bits) -> PathBuf {

@@ -1,7 +1,7 @@
 //! The cores that threads may run on, and keeping a thread on one of them.
 
 #[cfg(target_os = "linux")]
-pub(super) use linux::{allowed, current, interrupt_nobody, pin};
+pub(super) use linux::{allowed, current, pin};
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -20,18 +20,6 @@ mod linux {
         let _gone = sched_setaffinity(None, &set);
     }
 
-    /// Has this thread, when it is woken, wait until its core is free instead of interrupting whoever runs there. A policy that
-    /// somebody chose for it stays.
-    pub(in super::super) fn interrupt_nobody() {
-        let priority = libc::sched_param { sched_priority: 0 };
-        #[expect(unsafe_code, reason = "sound: 0 is this thread, and what is read is here")]
-        unsafe {
-            if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
-                libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const priority);
-            }
-        }
-    }
-
     /// The core that this thread runs on now.
     pub(in super::super) fn current() -> Option<usize> {
         Some(sched_getcpu())
@@ -48,32 +36,6 @@ pub(super) fn allowed() -> Vec<usize> {
 pub(super) fn pin(_core: usize) {}
 
 #[cfg(not(target_os = "linux"))]
-pub(super) fn interrupt_nobody() {}
-
-#[cfg(not(target_os = "linux"))]
 pub(super) fn current() -> Option<usize> {
     None
-}
-
-#[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use super::*;
-
-    fn policy() -> i32 {
-        #[expect(unsafe_code, reason = "sound: 0 is this thread")]
-        unsafe {
-            libc::sched_getscheduler(0)
-        }
-    }
-
-    #[test]
-    fn a_thread_that_interrupts_nobody_has_the_policy_for_that_or_keeps_its_own() {
-        let changed = || {
-            let before = policy();
-            interrupt_nobody();
-            (before, policy())
-        };
-        let (before, after) = std::thread::spawn(changed).join().unwrap();
-        assert_eq!(after, if before == libc::SCHED_OTHER { libc::SCHED_BATCH } else { before });
-    }
 }

@@ -343,8 +343,6 @@ impl Shared {
         if let Some(core) = helper.core {
             cores::pin(core);
         }
-        // Whoever runs there may be another process's thread with a job of its own, which would only end later.
-        cores::interrupt_nobody();
         helper.thread.get_or_init(thread::current);
         let mut seen = 0;
         loop {
