@@ -319,10 +319,11 @@ impl Engine {
                 let drawn = sample(last, &sequence.request.sampling, draw);
                 self.stats.count_token();
                 if let Some(finish) = sequence.push(drawn) {
-                    sequence.finish(finish);
+                    // Counted before it is sent: who has the answer sees it in the status.
                     if sequence.is_degraded() {
                         self.stats.count_degraded();
                     }
+                    sequence.finish(finish);
                     finished.push(wanted.sequence);
                 }
             }
