@@ -6,6 +6,9 @@ use super::Isa;
 /// Turns of a loop of [`CHAINS`] multiply-adds.
 const TURNS: usize = 1 << 20;
 
+/// Turns with the same number: changing it goes through memory, which takes longer than a turn.
+const SAME: usize = 16;
+
 /// Sums that do not wait for each other: more than any core has multiplications under way.
 const CHAINS: usize = 12;
 
@@ -67,18 +70,20 @@ pub(crate) fn multiply_tiles() -> usize {
 mod x86 {
     use std::{arch::x86_64::*, hint::black_box};
 
-    use super::{CHAINS, TURNS};
+    use super::{CHAINS, SAME, TURNS};
 
     #[target_feature(enable = "avx2")]
     pub(super) fn avx2(seed: i8) -> (usize, i32) {
         // Pairs of 16 bits: what signed bytes without VNNI come down to.
         let mut sums = [_mm256_setzero_si256(); CHAINS];
         let mut x = _mm256_set1_epi16(i16::from(seed));
-        for _ in 0..TURNS {
-            // Another number each turn, as far as a compiler knows: no product is computed ahead.
+        for _ in 0..TURNS / SAME {
+            // Another number, as far as a compiler knows: no product is computed ahead.
             x = black_box(x);
-            for sum in &mut sums {
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*sum, x));
+            for _ in 0..SAME {
+                for sum in &mut sums {
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*sum, x));
+                }
             }
         }
         let mut all = sums[0];
@@ -142,10 +147,12 @@ mod x86 {
     pub(super) fn avx512(seed: i8) -> (usize, i32) {
         let mut sums = [_mm512_setzero_si512(); CHAINS];
         let mut x = _mm512_set1_epi8(seed);
-        for _ in 0..TURNS {
+        for _ in 0..TURNS / SAME {
             x = black_box(x);
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, x, x);
+            for _ in 0..SAME {
+                for sum in &mut sums {
+                    *sum = _mm512_dpbusd_epi32(*sum, x, x);
+                }
             }
         }
         let mut all = sums[0];
@@ -160,7 +167,7 @@ mod x86 {
 mod arm {
     use std::{arch::aarch64::*, hint::black_box};
 
-    use super::{super::packed::neon::sdot, CHAINS, TURNS};
+    use super::{super::packed::neon::sdot, CHAINS, SAME, TURNS};
 
     #[target_feature(enable = "neon")]
     pub(super) fn neon_f32(seed: f32) -> (usize, f32) {
@@ -183,10 +190,12 @@ mod arm {
     pub(super) fn neon(seed: i8) -> (usize, i32) {
         let mut sums = [vdupq_n_s32(0); CHAINS];
         let mut x = vdupq_n_s8(seed);
-        for _ in 0..TURNS {
+        for _ in 0..TURNS / SAME {
             x = black_box(x);
-            for sum in &mut sums {
-                *sum = sdot::<0>(*sum, x, x);
+            for _ in 0..SAME {
+                for sum in &mut sums {
+                    *sum = sdot::<0>(*sum, x, x);
+                }
             }
         }
         let mut all = sums[0];
