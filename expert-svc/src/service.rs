@@ -1,7 +1,9 @@
 //! Assembles an expert server from its flags: sockets, threads, registry.
 
 use std::{
+    io,
     net::SocketAddr,
+    num::NonZeroUsize,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -49,8 +51,17 @@ const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * HTTP2_WINDOW_B
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Cores for each thread that reads sockets. A second one takes turns with the first, which wakes a thread for most frames.
+const CORES_A_WORKER: usize = 8;
+
 /// The registry's tasks have nothing to finish by then.
 const REGISTRY_END_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How many threads of the runtime should serve [`run`]; an error if the cores cannot be counted.
+pub fn workers() -> io::Result<NonZeroUsize> {
+    let cores = std::thread::available_parallelism()?;
+    Ok(NonZeroUsize::new(cores.get() / CORES_A_WORKER).unwrap_or(NonZeroUsize::MIN))
+}
 
 /// Serves `args` until `tasks` shuts down, then leaves in order. Calls `ready` with the bound address once it listens
 /// and has loaded.

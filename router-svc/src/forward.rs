@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use cluster::table;
 use ids::{ExpertId, LayerId, RowIndex};
-use model::{Assignments, Backbone, FeedForward, Moe, Pages, Span};
+use model::{Assignments, Backbone, FeedForward, Moe, Pages, Span, threads};
 use proto::{
     Error,
     frame::{self, Grid},
@@ -116,6 +116,7 @@ pub(crate) fn forward(
     let mut hidden = backbone.embed(&step.ids); // [rows, hidden]
     for layer in backbone.layers() {
         let started = remote.now();
+        let awake = threads::stay_awake();
         layer.attend(&mut hidden, &step.spans, pages);
         let attended = remote.now();
         let normed = Arc::new(layer.post_attention_layernorm(&hidden));
@@ -127,6 +128,7 @@ pub(crate) fn forward(
                 let alone = moe.gates_alone(step.ids.len());
                 let gated = (!alone).then(|| gate(layer.id(), moe, &normed, step, remote, mode));
                 let ((flight, dispatched), shared) = moe.shared_beside(&normed, || {
+                    drop(awake);
                     let assignments =
                         gated.unwrap_or_else(|| gate(layer.id(), moe, &normed, step, remote, mode)); // [rows, topk]
                     let activations = Activations {

@@ -108,15 +108,20 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
         model::Isa::choose(&name.to_string_lossy()).context(ISA_VARIABLE)?;
     }
     match command {
-        Command::Gateway(service) => process::serve(log, "gateway", service.process, |process, ready| {
-            gateway::run(service.args, process, ready)
-        }),
-        Command::Router(service) => process::serve(log, "router", service.process, |process, ready| {
+        Command::Gateway(service) => {
+            process::serve(log, "gateway", None, service.process, |process, ready| {
+                gateway::run(service.args, process, ready)
+            })
+        }
+        Command::Router(service) => process::serve(log, "router", None, service.process, |process, ready| {
             router_svc::run(service.args, process, ready)
         }),
-        Command::Expert(service) => process::serve(log, "expert", service.process, |process, ready| {
-            expert_svc::run(service.args, process, ready)
-        }),
+        Command::Expert(service) => {
+            let workers = expert_svc::workers().context("cannot count the cores")?;
+            process::serve(log, "expert", Some(workers), service.process, |process, ready| {
+                expert_svc::run(service.args, process, ready)
+            })
+        }
         Command::Up(args) => process::tool(log, up::run(args, log)),
         Command::Chat(args) => process::tool(log, chat::run(args)),
         Command::Logits(args) => process::tool(log, logits::run(args)),

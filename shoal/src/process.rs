@@ -5,6 +5,7 @@ use std::{
     future::Future,
     io::{self, Read as _, Write as _},
     net::SocketAddr,
+    num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -117,26 +118,31 @@ pub(crate) fn tune(wanted: Wanted) -> anyhow::Result<Tuning> {
 /// How long a drain may go on after the parent is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(5);
 
-fn init(args: &LogArgs, default_filter: &str) -> anyhow::Result<Runtime> {
+fn init(args: &LogArgs, default_filter: &str, workers: Option<NonZeroUsize>) -> anyhow::Result<Runtime> {
     let format = match args.log {
         Format::Text => log::Format::Text,
         Format::Json => log::Format::Json,
     };
     log::init(format, args.log_filter.as_deref().unwrap_or(default_filter)).context("--log-filter")?;
-    Builder::new_multi_thread().enable_all().build().context("cannot start the async runtime")
+    let mut runtime = Builder::new_multi_thread();
+    if let Some(workers) = workers {
+        runtime.worker_threads(workers.get());
+    }
+    runtime.enable_all().build().context("cannot start the async runtime")
 }
 
-/// Runs a service until SIGTERM, Ctrl-C, or the end of its parent.
+/// Runs a service until SIGTERM, Ctrl-C, or the end of its parent. Its tasks have so many `workers`, or one a core.
 pub(crate) fn serve<F, R>(
     log: &LogArgs,
     service: &'static str,
+    workers: Option<NonZeroUsize>,
     process: Process,
     run: impl FnOnce(telemetry::Process, Box<dyn FnOnce(SocketAddr) + Send>) -> F,
 ) -> anyhow::Result<ExitCode>
 where
     F: Future<Output = anyhow::Result<R>>,
 {
-    let runtime = init(log, "info")?;
+    let runtime = init(log, "info", workers)?;
     runtime.block_on(async {
         let options = Options { endpoint: process.traces.otlp.clone(), sample: process.traces.trace_sample };
         let instance = uuid::Uuid::new_v4().simple().to_string();
@@ -164,7 +170,7 @@ pub(crate) fn tool(
     log: &LogArgs,
     run: impl Future<Output = anyhow::Result<ExitCode>>,
 ) -> anyhow::Result<ExitCode> {
-    let runtime = init(log, "warn")?;
+    let runtime = init(log, "warn", None)?;
     let result = runtime.block_on(run);
     // A read of stdin that nobody will answer must not keep the process.
     runtime.shutdown_background();

@@ -174,10 +174,11 @@ impl Mlp {
         let mlps = list.iter().map(|(mlp, _)| *mlp);
         let all_gated = mlps.clone().zip(&inputs).map(|(mlp, x)| mlp.gate_proj.gated(&mlp.up_proj, x));
         if let Some(all_gated) = all_gated.collect::<Option<Vec<_>>>() {
+            let awake = threads::stay_awake();
             let (done, gated) = gated_beside(&all_gated, first);
             let gated: Vec<Input<'_>> = gated.into_iter().map(Input::of_quantized).collect();
-            let down = mlps.zip(&gated).map(|(mlp, gated)| (&mlp.down_proj, gated));
-            return (done, Linear::apply_list(&down.collect::<Vec<_>>()));
+            let down: Vec<_> = mlps.zip(&gated).map(|(mlp, gated)| mlp.down_proj.product(gated)).collect();
+            return (done, products_beside(&down, || drop(awake)).1);
         }
         let both =
             mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [mlp.gate_proj.product(x), mlp.up_proj.product(x)]);

@@ -26,6 +26,9 @@ pub type Task<'a> = dyn Fn(usize) + Sync + 'a;
 /// Turns of its loop that the caller waits for the last tasks of others before it sleeps.
 const SPINS_AT_END: u32 = 2_000;
 
+/// Turns of its loop that a helper waits for a job that is to come at once, before it sleeps all the same.
+const SPINS_BETWEEN: u32 = 2_000;
+
 /// Numbers to be read and written below which they are not worth a second thread: some 5 µs of one core.
 const SHARED_FROM: usize = 1 << 14;
 
@@ -54,6 +57,8 @@ struct Shared {
     inside: AtomicUsize,
     /// The caller of the job sleeps until they have.
     waited_for: AtomicBool,
+    /// How many [`Awake`] there are.
+    stay_awake: AtomicUsize,
     /// The next task.
     next: AtomicUsize,
     /// Those that compute beside the caller.
@@ -118,6 +123,7 @@ impl Threads {
             published: AtomicU64::new(0),
             inside: AtomicUsize::new(0),
             waited_for: AtomicBool::new(false),
+            stay_awake: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
             helpers,
             left: Condvar::new(),
@@ -206,6 +212,29 @@ fn run_waking<T>(n_awake: usize, n_tasks: usize, task: &Task<'_>, first: impl Fn
             let done = first();
             (0..n_tasks).for_each(task);
             done
+        }
+    }
+}
+
+/// While there is one, jobs follow each other at once: a helper that has done what it could of one waits for the next one
+/// awake. Between two jobs of a step there are microseconds, which is less than what waking it takes.
+#[derive(Debug)]
+pub struct Awake(Option<Arc<Shared>>);
+
+/// Of the threads installed here.
+#[must_use]
+pub fn stay_awake() -> Awake {
+    let shared = CURRENT.with_borrow(Clone::clone);
+    if let Some(shared) = &shared {
+        shared.stay_awake.fetch_add(1, Ordering::Relaxed);
+    }
+    Awake(shared)
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.0 {
+            shared.stay_awake.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -349,7 +378,10 @@ impl Shared {
             // It may have been seen before it was published.
             let called = || self.published.load(Ordering::SeqCst) > seen;
             let mut spins = 0;
-            while !called() && spins < self.spins {
+            while !called()
+                && (spins < self.spins
+                    || spins < SPINS_BETWEEN && self.stay_awake.load(Ordering::Relaxed) > 0)
+            {
                 hint::spin_loop();
                 spins += 1;
             }
@@ -455,6 +487,27 @@ mod tests {
             }
         };
         threads(2, 0).install(|| run_beside(1, &begin, wait));
+    }
+
+    #[test]
+    fn jobs_in_a_row_are_all_computed() {
+        for threads in [threads(1, 0), threads(3, 0)] {
+            threads.install(|| {
+                for n_jobs in [0, 1, 50] {
+                    let _awake = stay_awake();
+                    for _ in 0..n_jobs {
+                        let inner = stay_awake();
+                        let squares = map(20, |at| at * at);
+                        assert_eq!(squares, (0..20).map(|at| at * at).collect::<Vec<_>>());
+                        // While the next one has begun.
+                        run_beside(20, &|_| (), || drop(inner));
+                    }
+                }
+            });
+            assert_eq!(threads.shared.stay_awake.load(Ordering::Relaxed), 0);
+        }
+        // Nobody is kept where nothing is installed.
+        drop(stay_awake());
     }
 
     #[test]
