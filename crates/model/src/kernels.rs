@@ -21,7 +21,7 @@ use half::bf16;
 
 use crate::Error;
 
-pub(crate) use attend::{Attended, HEADS_MAX, attend};
+pub(crate) use attend::{HEADS_MAX, Softmax, attend};
 pub(crate) use columns::Columns;
 pub(crate) use generic::{layer_norm, sigmoid};
 pub(crate) use lanes::Lines;
@@ -287,8 +287,8 @@ struct Cut {
 
 impl Cut {
     fn new(work: usize) -> Self {
-        let n_threads = if is_small(work) { 1 } else { threads::count() };
-        Self { work, n_tasks: if n_threads == 1 { 1 } else { n_threads * TASKS_PER_THREAD } }
+        // A thread alone has tasks, too: for many rows, one whose part of the matrix stays near.
+        Self { work, n_tasks: if is_small(work) { 1 } else { threads::count() * TASKS_PER_THREAD } }
     }
 
     /// Of `n_units` that are `work` of it: how many a task has.

@@ -5,11 +5,12 @@
 
 use std::{
     collections::BTreeMap,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
 };
 
 use ids::{ExpertId, LayerId, PageIndex};
-use model::{Backbone, Checkpoint, Experts, FeedForward, Pages, Span, expert::Expert};
+use model::{Backbone, Checkpoint, Experts, FeedForward, Pages, Span, Threads, expert::Expert};
 use safetensors::SafeTensors;
 
 const PAGE_POSITIONS: usize = 16;
@@ -277,5 +278,45 @@ fn quantized_weights_stay_near_transformers() {
             assert!(median <= median_max, "{} {weights}: relative error {median}", fixture.name);
             fixture.check_batches(&whole);
         }
+    }
+}
+
+/// A row that reads many positions is cut between threads, which no result shows: not how many there are, nor which rows share
+/// its batch.
+#[test]
+fn threads_share_a_long_row_without_a_trace() {
+    const LONG: usize = 700;
+    let fixture = Fixture::open(&fixtures().join("deepseek-v3"), "bf16");
+    let vocab = fixture.backbone.config().vocab_size;
+    let n_pages = LONG.div_ceil(PAGE_POSITIONS) as u32;
+    let sequences = || {
+        let sequence = |at: u32, n: usize| Sequence {
+            tokens: (0..n).map(|i| ((i * 7 + at as usize * 3 + i * i % 11) % vocab) as u32).collect(),
+            n_computed: 0,
+            pages: (at * n_pages..(at + 1) * n_pages).map(PageIndex).collect(),
+            logits: Vec::new(),
+        };
+        [sequence(0, LONG), sequence(1, LONG - 150), sequence(2, 20)]
+    };
+    // Rows of each sequence in a step, over and over, computed by so many threads.
+    let run = |n_threads: usize, rows: [usize; 3]| {
+        let mut sequences = sequences();
+        let mut pages = Pages::new(&fixture.backbone, 3 * n_pages as usize, PAGE_POSITIONS);
+        let threads = Threads::start(NonZeroUsize::new(n_threads).unwrap(), 0).unwrap();
+        threads.install(|| {
+            while sequences.iter().any(|sequence| sequence.n_computed < sequence.tokens.len()) {
+                let left: Vec<usize> =
+                    sequences.iter().map(|sequence| sequence.tokens.len() - sequence.n_computed).collect();
+                let rows: Vec<usize> = rows.iter().zip(left).map(|(rows, left)| *rows.min(&left)).collect();
+                fixture.step(&mut sequences, &rows, &mut pages);
+            }
+        });
+        let bits = |sequence: Sequence| sequence.logits.into_iter().map(f32::to_bits).collect();
+        sequences.map(bits) as [Vec<u32>; 3]
+    };
+    let whole = run(1, [LONG; 3]);
+    assert!(whole.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
+    for (n_threads, rows) in [(3, [LONG; 3]), (3, [1, 1, 1]), (2, [100, 1, 1]), (5, [3, 40, 1])] {
+        assert!(run(n_threads, rows) == whole, "{n_threads} threads, {rows:?} rows a step");
     }
 }

@@ -1,6 +1,8 @@
 //! MLA over latents: project, cache, absorb, attend, expand.
 
-use std::{ops::Range, sync::Arc};
+mod heads;
+
+use std::sync::Arc;
 
 use ids::PageIndex;
 
@@ -8,7 +10,7 @@ use super::indexer::Indexer;
 use crate::{
     Error, ModelConfig, Pages, Span,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
-    kernels::{Attended, Columns, HEADS_MAX, Isa, Lines, attend, packed::Bits, rms_norm, threads},
+    kernels::{packed::Bits, rms_norm, threads},
     pages::{IndexKeys, Rows},
     rope::{Angles, Rotary},
     storage::{Input, Linear, add_bias},
@@ -16,14 +18,6 @@ use crate::{
 
 /// Epsilon of the norms inside attention: the reference leaves it at its default, whatever `rms_norm_eps` says.
 const INNER_NORM_EPS: f32 = 1e-6;
-
-/// Rows of the batch that one task attends at most: enough that a head's matrices are read a few times a batch.
-const TASK_ROWS: usize = 32;
-
-/// How many tasks there should be for each thread. One row alone that reads more than a core keeps near is cut once a
-/// thread: each task reads all of it.
-const TASKS_PER_THREAD: usize = 2;
-const POSITIONS_NEAR: usize = 1024;
 
 pub(crate) struct Attention {
     query: Query,
@@ -169,76 +163,6 @@ impl Attention {
             }
         };
         self.o_proj.apply(&self.attend(&q, &n_read, &read), self.o_bias.as_deref())
-    }
-
-    /// `q` `[rows, heads, nope + rope]` → `[rows, heads × v]`. A task takes a few rows and heads from their queries to
-    /// their outputs; `read` gives the latents that a row reads, `n_read` of them.
-    fn attend<'a>(
-        &self,
-        q: &[f32],
-        n_read: &[usize],
-        read: &(dyn Fn(usize) -> Vec<&'a [f32]> + Sync),
-    ) -> Vec<f32> {
-        let Sizes { heads, v, .. } = self.sizes;
-        let n_rows = n_read.len();
-        let mut outputs = vec![0.0; n_rows * heads * v];
-        let total: usize = n_read.iter().sum();
-        let is_one_far = n_rows == 1 && total > POSITIONS_NEAR;
-        let wanted = threads::count() * if is_one_far { 1 } else { TASKS_PER_THREAD };
-        let task_rows = (n_rows * heads / HEADS_MAX / wanted).clamp(1, TASK_ROWS);
-        let mut tasks = Vec::new();
-        for (block, outputs) in outputs.chunks_mut(task_rows * heads * v).enumerate() {
-            let first = block * task_rows;
-            let rows = first..first + outputs.len() / (heads * v);
-            // By what its rows read: a long one among short ones is cut, too.
-            let reads: usize = n_read[rows.clone()].iter().sum();
-            let cuts = (reads * wanted).div_ceil(total.max(1)).clamp(heads.div_ceil(HEADS_MAX), heads);
-            let columns = Columns::split(outputs, heads * v, heads.div_ceil(cuts) * v);
-            tasks.extend(columns.map(|outputs| (rows.clone(), outputs)));
-        }
-        threads::for_each(tasks, |(rows, mut outputs)| self.attend_some(q, rows, read, &mut outputs));
-        outputs
-    }
-
-    /// Some rows and heads: those whose outputs `outputs` are.
-    fn attend_some<'a>(
-        &self,
-        q: &[f32],
-        rows: Range<usize>,
-        read: &dyn Fn(usize) -> Vec<&'a [f32]>,
-        outputs: &mut Columns<'_>,
-    ) {
-        let Sizes { heads, nope, v, latent, rope, softmax_scale } = self.sizes;
-        let of_heads = outputs.range().start / v..outputs.range().end / v;
-        let (n_rows, n_heads) = (rows.len(), of_heads.len());
-        let mut absorbed = Lines::zeros(n_rows * n_heads * (latent + rope)); // [rows, heads, latent + rope]
-        for (at, head) in of_heads.clone().enumerate() {
-            let of_head = |row: usize| &q[(row * heads + head) * (nope + rope)..][..nope + rope];
-            let no_position: Vec<f32> = rows.clone().flat_map(|row| &of_head(row)[..nope]).copied().collect();
-            let keys = self.kv_b_proj[head].key.apply(&no_position, None); // [rows, latent]
-            for (block, (row, key)) in rows.clone().zip(keys.chunks_exact(latent)).enumerate() {
-                let absorbed = &mut absorbed[(block * n_heads + at) * (latent + rope)..][..latent + rope];
-                absorbed[..latent].copy_from_slice(key);
-                absorbed[latent..].copy_from_slice(&of_head(row)[nope..]);
-            }
-        }
-        let isa = Isa::detect();
-        let mut means = Lines::zeros(n_rows * n_heads * latent); // [rows, heads, latent]
-        let of_rows =
-            absorbed.chunks_exact(n_heads * (latent + rope)).zip(means.chunks_exact_mut(n_heads * latent));
-        for (row, (absorbed, means)) in rows.zip(of_rows) {
-            let mut attended = Attended::new(means, latent);
-            attend(isa, absorbed, &read(row), softmax_scale, &mut attended);
-            attended.finish();
-        }
-        for (at, head) in of_heads.enumerate() {
-            let of_head: Vec<f32> =
-                means.chunks_exact(latent).skip(at).step_by(n_heads).flatten().copied().collect();
-            let values = self.kv_b_proj[head].value.apply(&of_head, None); // [rows, v]
-            for (row, values) in values.chunks_exact(v).enumerate() {
-                outputs.row(row)[at * v..][..v].copy_from_slice(values);
-            }
-        }
     }
 
     fn cache(

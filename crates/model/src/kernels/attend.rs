@@ -1,5 +1,5 @@
 //! Attention of one row's heads over latents: scores, an online softmax, the weighed sums. Tile after tile, so that what is
-//! scored is still near when it is weighed.
+//! scored is still near when it is weighed. Positions may be read in parts, each from nothing, that are merged afterwards.
 
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
@@ -19,51 +19,62 @@ pub(crate) const HEADS_MAX: usize = 16;
 /// Heads that are weighed at once.
 const WEIGHED_HEADS: usize = 4;
 
-/// What some heads have read so far: an online softmax (Milakov and Gimelshein, 2018), so that no score is kept.
-pub(crate) struct Attended<'a> {
-    /// `[heads, width]`: Σ e^(score − highest) · row
-    pub(crate) sums: &'a mut [f32],
-    pub(crate) width: usize,
-    highest: [f32; HEADS_MAX],
+/// What a head has read so far: an online softmax (Milakov and Gimelshein, 2018), so that no score is kept. Beside it is
+/// Σ e^(score − highest) · row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Softmax {
+    highest: f32,
     /// Σ e^(score − highest)
-    totals: [f32; HEADS_MAX],
+    total: f32,
 }
 
-impl<'a> Attended<'a> {
-    /// Nothing so far, of at most [`HEADS_MAX`] heads: `sums` is zero.
-    pub(crate) fn new(sums: &'a mut [f32], width: usize) -> Self {
-        assert!(sums.len() <= HEADS_MAX * width, "more heads than {HEADS_MAX}");
-        Self { sums, width, highest: [f32::NEG_INFINITY; HEADS_MAX], totals: [0.0; HEADS_MAX] }
-    }
+impl Softmax {
+    /// Nothing so far; the sums beside it are zero.
+    pub(crate) const NOTHING: Self = Self { highest: f32::NEG_INFINITY, total: 0.0 };
 
     /// The sums become means.
-    pub(crate) fn finish(self) {
-        for (sums, total) in self.sums.chunks_exact_mut(self.width).zip(self.totals) {
-            sums.iter_mut().for_each(|sum| *sum /= total);
+    pub(crate) fn finish(self, sums: &mut [f32]) {
+        sums.iter_mut().for_each(|sum| *sum /= self.total);
+    }
+
+    /// Adds what the head has read of positions that follow.
+    pub(crate) fn merge(&mut self, sums: &mut [f32], next: Self, next_sums: &[f32]) {
+        let highest = if next.highest > self.highest { next.highest } else { self.highest };
+        let (shrink, next_shrink) = (exp(self.highest - highest), exp(next.highest - highest));
+        for (sum, next) in sums.iter_mut().zip(next_sums) {
+            *sum = *sum * shrink + *next * next_shrink;
         }
+        *self = Self { highest, total: self.total * shrink + next.total * next_shrink };
     }
 }
 
-/// Lets each head of `q` `[heads, row]` read `rows`, of which it weighs the first `width` numbers.
-pub(crate) fn attend(isa: Isa, q: &[f32], rows: &[&[f32]], scale: f32, attended: &mut Attended<'_>) {
+/// Lets each head of `q` `[heads, row]` read `rows`, of which it weighs the first `width` numbers into `sums` `[heads, width]`.
+pub(crate) fn attend(
+    isa: Isa,
+    q: &[f32],
+    rows: &[&[f32]],
+    scale: f32,
+    sums: &mut [f32],
+    softmaxes: &mut [Softmax],
+) {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    fn avx2(q: &[f32], rows: &[&[f32]], scale: f32, attended: &mut Attended<'_>) {
-        attend_with::<Avx2, 2, 3, 1>(q, rows, scale, attended);
+    fn avx2(q: &[f32], rows: &[&[f32]], scale: f32, sums: &mut [f32], softmaxes: &mut [Softmax]) {
+        attend_with::<Avx2, 2, 3, 1>(q, rows, scale, sums, softmaxes);
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
-    fn avx512(q: &[f32], rows: &[&[f32]], scale: f32, attended: &mut Attended<'_>) {
-        attend_with::<Avx512, 4, 4, 4>(q, rows, scale, attended);
+    fn avx512(q: &[f32], rows: &[&[f32]], scale: f32, sums: &mut [f32], softmaxes: &mut [Softmax]) {
+        attend_with::<Avx512, 4, 4, 4>(q, rows, scale, sums, softmaxes);
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: `Isa::Avx2` is made by `Isa::detect` alone")]
-        Isa::Avx2 => unsafe { avx2(q, rows, scale, attended) },
+        Isa::Avx2 => unsafe { avx2(q, rows, scale, sums, softmaxes) },
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        Isa::Avx512 | Isa::Amx => unsafe { avx512(q, rows, scale, attended) },
-        _ => attend_with::<Portable, 2, 3, 1>(q, rows, scale, attended),
+        Isa::Avx512 | Isa::Amx => unsafe { avx512(q, rows, scale, sums, softmaxes) },
+        _ => attend_with::<Portable, 2, 3, 1>(q, rows, scale, sums, softmaxes),
     }
 }
 
@@ -74,34 +85,34 @@ fn attend_with<V: Lanes, const HEADS: usize, const POSITIONS: usize, const VECTO
     q: &[f32],
     rows: &[&[f32]],
     scale: f32,
-    attended: &mut Attended<'_>,
+    sums: &mut [f32],
+    softmaxes: &mut [Softmax],
 ) {
     let Some(first) = rows.first() else { return };
-    let Attended { sums, width, highest, totals } = attended;
+    let width = sums.len() / softmaxes.len();
     for tile in rows.chunks(TILE) {
-        let heads = q.chunks(WEIGHED_HEADS * first.len()).zip(sums.chunks_mut(WEIGHED_HEADS * *width));
-        let heads = heads.zip(highest.chunks_mut(WEIGHED_HEADS)).zip(totals.chunks_mut(WEIGHED_HEADS));
-        for (((q, sums), highest), totals) in heads {
+        let heads = q.chunks(WEIGHED_HEADS * first.len()).zip(sums.chunks_mut(WEIGHED_HEADS * width));
+        for ((q, sums), softmaxes) in heads.zip(softmaxes.chunks_mut(WEIGHED_HEADS)) {
             let mut scores = [[0.0_f32; TILE]; WEIGHED_HEADS];
             let scores = &mut scores[..q.len() / first.len()];
             score::<V, HEADS, POSITIONS>(q, tile, scale, scores);
-            let of_heads = scores.iter_mut().zip(sums.chunks_exact_mut(*width));
-            for ((scores, sums), (highest, total)) in of_heads.zip(highest.iter_mut().zip(totals)) {
+            let of_heads = scores.iter_mut().zip(sums.chunks_exact_mut(width));
+            for ((scores, sums), softmax) in of_heads.zip(softmaxes) {
                 let scores = &mut scores[..tile.len()];
-                let before = *highest;
-                *highest = largest(scores, before);
-                let shrink = exp(before - *highest);
+                let before = softmax.highest;
+                softmax.highest = largest(scores, before);
+                let shrink = exp(before - softmax.highest);
                 for score in &mut *scores {
-                    *score = exp(*score - *highest);
+                    *score = exp(*score - softmax.highest);
                 }
-                *total = total.mul_add(shrink, sum(scores.iter().copied()));
+                softmax.total = softmax.total.mul_add(shrink, sum(scores.iter().copied()));
                 sums.iter_mut().for_each(|sum| *sum *= shrink);
             }
             match scores {
-                [a] => weigh::<V, 1, VECTORS>([a], tile, sums, *width),
-                [a, b] => weigh::<V, 2, VECTORS>([a, b], tile, sums, *width),
-                [a, b, c] => weigh::<V, 3, VECTORS>([a, b, c], tile, sums, *width),
-                [a, b, c, d, ..] => weigh::<V, 4, VECTORS>([a, b, c, d], tile, sums, *width),
+                [a] => weigh::<V, 1, VECTORS>([a], tile, sums, width),
+                [a, b] => weigh::<V, 2, VECTORS>([a, b], tile, sums, width),
+                [a, b, c] => weigh::<V, 3, VECTORS>([a, b, c], tile, sums, width),
+                [a, b, c, d, ..] => weigh::<V, 4, VECTORS>([a, b, c, d], tile, sums, width),
                 [] => {}
             }
         }

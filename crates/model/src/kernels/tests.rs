@@ -86,11 +86,25 @@ proptest! {
         let rows: Vec<&[f32]> = rows.chunks_exact(row).collect();
         let read = |isa, q: &[f32]| {
             let mut means = vec![0.0; q.len() / row * width];
-            let mut attended = Attended::new(&mut means, width);
-            attend(isa, q, &rows, 0.3, &mut attended);
-            attended.finish();
+            let mut softmaxes = vec![Softmax::NOTHING; q.len() / row];
+            attend(isa, q, &rows, 0.3, &mut means, &mut softmaxes);
+            let of_heads = means.chunks_exact_mut(width).zip(softmaxes);
+            of_heads.for_each(|(means, softmax)| softmax.finish(means));
             means
         };
+        // The first head, whose positions are read in two parts.
+        let (first, second) = rows.split_at(rows.len() / 2);
+        let part = |rows| {
+            let (mut sums, mut softmax) = (vec![0.0; width], [Softmax::NOTHING]);
+            attend(Isa::Baseline, &q[..row], rows, 0.3, &mut sums, &mut softmax);
+            (sums, softmax[0])
+        };
+        let ((mut means, mut softmax), (next_sums, next)) = (part(first), part(second));
+        softmax.merge(&mut means, next, &next_sums);
+        softmax.finish(&mut means);
+        for (mean, wanted) in means.iter().zip(attended(&q[..row], &rows, 0.3, width)) {
+            prop_assert!((f64::from(*mean) - wanted).abs() < 2e-5, "{mean}, wanted {wanted}");
+        }
         for isa in Isa::all() {
             for (q, means) in q.chunks_exact(row).zip(read(isa, &q).chunks_exact(width)) {
                 prop_assert_eq!(bits(means), bits(&read(Isa::Baseline, q)));
