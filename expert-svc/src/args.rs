@@ -57,8 +57,8 @@ pub struct Args {
     #[arg(long, env = "SHOAL_THREADS", value_name = "N")]
     pub threads: Option<NonZeroUsize>,
 
-    /// Compute threads spin for a moment before they sleep: they wake sooner where each has a core for itself [default: by
-    /// the same test]
+    /// Compute threads spin for a moment between steps before they sleep: they wake sooner where each has a core for
+    /// itself [default: by the same test]
     #[arg(long, env = "SHOAL_SPIN", value_name = "true|false")]
     pub spin: Option<bool>,
 

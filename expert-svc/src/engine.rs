@@ -2,8 +2,8 @@
 //! threads. Knows no gRPC and no tensors.
 //!
 //! One at a time, because a frame alone can use the whole memory bandwidth, and because two at once would finish late
-//! together. A short one that finds nobody before it is computed by the thread that read it: handing it over and its reply
-//! back would wake two threads, which can take as long as computing it.
+//! together. A short one that finds nobody before it, and no other stream, is computed by the thread that read it: handing it over
+//! and its reply back would wake two threads, which can take as long as computing it.
 
 use std::{
     io,
@@ -128,9 +128,11 @@ impl Engine {
 }
 
 impl Queue {
-    /// Has `job` answered, at once or later; gives it back when the compute threads have ended.
-    pub(crate) async fn put(&self, job: Job) -> Result<(), Job> {
-        let Some(job) = self.run_here(job) else {
+    /// Has `job` answered, at once or later; gives it back when the compute threads have ended. `alone` if no other stream
+    /// than the job's is open: what others send meanwhile should be read, and how long it waits be seen.
+    pub(crate) async fn put(&self, job: Job, alone: bool) -> Result<(), Job> {
+        let left = if alone { self.run_here(job) } else { Some(job) };
+        let Some(job) = left else {
             // Its reply leaves before this thread takes another frame.
             tokio::task::yield_now().await;
             return Ok(());

@@ -51,7 +51,8 @@ const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * HTTP2_WINDOW_B
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Cores for each thread that reads sockets. A second one takes turns with the first, which wakes a thread for most frames.
+/// Cores for each thread that reads sockets. A second one takes turns with the first, which wakes it for most frames: that counts
+/// where there are few cores.
 const CORES_A_WORKER: usize = 8;
 
 /// The registry's tasks have nothing to finish by then.

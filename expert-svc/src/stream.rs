@@ -143,7 +143,7 @@ impl Streams {
         match checked(wire, self.hidden_size) {
             Ok(frame) => {
                 let job = Job { frame, received, queued: (self.clock)(), slot, receipt };
-                if let Err(Job { slot, receipt, .. }) = self.queue.put(job).await {
+                if let Err(Job { slot, receipt, .. }) = self.queue.put(job, self.n_open() == 1).await {
                     receipt.failed();
                     slot.reply(failure(Error::internal("the compute threads have ended")), &*self.clock);
                 }

@@ -166,7 +166,7 @@ impl Cluster {
 }
 
 /// How every process of the cluster computes. Tried here, once: tests of many processes that start together would
-/// disturb each other. They share their cores, so none of them spins.
+/// disturb each other. They share their cores, so none of them spins between steps.
 fn tune(plan: &Plan) -> anyhow::Result<Vec<String>> {
     let quantized = !plan.weights_args.iter().any(|arg| arg.ends_with(Weights::Stored.name()));
     let wanted = Wanted { spin: Some(false), huge_pages: (!quantized).then_some(false), threads: None };

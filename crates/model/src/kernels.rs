@@ -287,7 +287,7 @@ struct Cut {
 
 impl Cut {
     fn new(work: usize) -> Self {
-        // A thread alone has tasks, too: for many rows, one whose part of the matrix stays near.
+        // A thread alone has tasks, too: the part of a matrix that it reads for every few of many rows stays near.
         Self { work, n_tasks: if is_small(work) { 1 } else { threads::count() * TASKS_PER_THREAD } }
     }
 

@@ -174,8 +174,8 @@ impl Mlp {
         let mlps = list.iter().map(|(mlp, _)| *mlp);
         let all_gated = mlps.clone().zip(&inputs).map(|(mlp, x)| mlp.gate_proj.gated(&mlp.up_proj, x));
         if let Some(all_gated) = all_gated.collect::<Option<Vec<_>>>() {
-            let awake = threads::stay_awake();
-            let (done, gated) = gated_beside(&all_gated, first);
+            let threads = threads::installed();
+            let ((done, awake), gated) = gated_beside(&all_gated, || (first(), threads.stay_awake()));
             let gated: Vec<Input<'_>> = gated.into_iter().map(Input::of_quantized).collect();
             let down: Vec<_> = mlps.zip(&gated).map(|(mlp, gated)| mlp.down_proj.product(gated)).collect();
             return (done, products_beside(&down, || drop(awake)).1);

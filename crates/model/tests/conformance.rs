@@ -285,8 +285,14 @@ fn quantized_weights_stay_near_transformers() {
 /// its batch.
 #[test]
 fn threads_share_a_long_row_without_a_trace() {
+    for (family, weights) in [("deepseek-v3", "bf16"), ("deepseek-v2-lite", "q8"), ("deepseek-v3.2", "bf16")]
+    {
+        check_long_rows(&Fixture::open(&fixtures().join(family), weights));
+    }
+}
+
+fn check_long_rows(fixture: &Fixture) {
     const LONG: usize = 700;
-    let fixture = Fixture::open(&fixtures().join("deepseek-v3"), "bf16");
     let vocab = fixture.backbone.config().vocab_size;
     let n_pages = LONG.div_ceil(PAGE_POSITIONS) as u32;
     let sequences = || {
@@ -317,6 +323,6 @@ fn threads_share_a_long_row_without_a_trace() {
     let whole = run(1, [LONG; 3]);
     assert!(whole.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
     for (n_threads, rows) in [(3, [LONG; 3]), (3, [1, 1, 1]), (2, [100, 1, 1]), (5, [3, 40, 1])] {
-        assert!(run(n_threads, rows) == whole, "{n_threads} threads, {rows:?} rows a step");
+        assert!(run(n_threads, rows) == whole, "{}: {n_threads} threads, {rows:?} rows a step", fixture.name);
     }
 }

@@ -89,6 +89,7 @@ fn attend_with<V: Lanes, const HEADS: usize, const POSITIONS: usize, const VECTO
     softmaxes: &mut [Softmax],
 ) {
     let Some(first) = rows.first() else { return };
+    debug_assert_eq!(q.len(), softmaxes.len() * first.len(), "heads");
     let width = sums.len() / softmaxes.len();
     for tile in rows.chunks(TILE) {
         let heads = q.chunks(WEIGHED_HEADS * first.len()).zip(sums.chunks_mut(WEIGHED_HEADS * width));

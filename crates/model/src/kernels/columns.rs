@@ -32,6 +32,12 @@ impl<'a> Columns<'a> {
         })
     }
 
+    /// All of them.
+    pub(crate) fn whole(matrix: &'a mut [f32], n_columns: usize) -> Self {
+        let (start, n_rows) = (matrix.as_mut_ptr(), matrix.len() / n_columns);
+        Self { start, n_rows, n_columns, columns: 0..n_columns, matrix: PhantomData }
+    }
+
     /// Which columns these are.
     pub(crate) fn range(&self) -> Range<usize> {
         self.columns.clone()

@@ -217,18 +217,33 @@ fn run_waking<T>(n_awake: usize, n_tasks: usize, task: &Task<'_>, first: impl Fn
 }
 
 /// While there is one, jobs follow each other at once: a helper that has done what it could of one waits for the next one
-/// awake. Between two jobs of a step there are microseconds, which is less than what waking it takes.
+/// awake, whatever `spins` says. Between two jobs of a step there are microseconds, which is less than what waking it takes.
 #[derive(Debug)]
 pub struct Awake(Option<Arc<Shared>>);
+
+/// The threads installed here, for whoever computes something else first.
+#[derive(Debug)]
+pub struct Installed(Option<Arc<Shared>>);
+
+#[must_use]
+pub fn installed() -> Installed {
+    Installed(CURRENT.with_borrow(Clone::clone))
+}
 
 /// Of the threads installed here.
 #[must_use]
 pub fn stay_awake() -> Awake {
-    let shared = CURRENT.with_borrow(Clone::clone);
-    if let Some(shared) = &shared {
-        shared.stay_awake.fetch_add(1, Ordering::Relaxed);
+    installed().stay_awake()
+}
+
+impl Installed {
+    #[must_use]
+    pub fn stay_awake(self) -> Awake {
+        if let Some(shared) = &self.0 {
+            shared.stay_awake.fetch_add(1, Ordering::Relaxed);
+        }
+        Awake(self.0)
     }
-    Awake(shared)
 }
 
 impl Drop for Awake {

@@ -37,33 +37,44 @@ impl Attention {
     ) -> Vec<f32> {
         let Sizes { heads, v, .. } = self.sizes;
         let total: usize = n_read.iter().sum();
-        let longest = n_read.iter().copied().max().unwrap_or(0);
         let n_tasks = if threads::count() == 1 { 1 } else { threads::count() * TASKS_PER_THREAD };
         let mut outputs = vec![0.0; n_read.len() * heads * v];
-        if longest > PART && longest * n_tasks > total {
-            let latents: Vec<Latents<'a>> = (0..n_read.len()).map(read).collect();
-            self.share_rows(q, &latents, n_tasks, &mut outputs);
-        } else {
-            self.share_batch(q, n_read, read, n_tasks, &mut outputs);
+        // Each more than a task's share: the others are fewer than there are tasks.
+        let is_long = |row: usize| n_read[row] > PART && n_read[row] * n_tasks > total;
+        let mut row = 0;
+        while row < n_read.len() {
+            let rows = if is_long(row) {
+                row..row + 1
+            } else {
+                row..(row..n_read.len()).find(|&row| is_long(row)).unwrap_or(n_read.len())
+            };
+            let outputs = &mut outputs[rows.start * heads * v..rows.end * heads * v];
+            if is_long(row) {
+                self.share_row(q, row, &read(row), n_tasks, outputs);
+            } else {
+                self.share_rows(q, rows.clone(), n_read, read, n_tasks, outputs);
+            }
+            row = rows.end;
         }
         outputs
     }
 
     /// A task takes a few rows and heads from their queries to their outputs.
-    fn share_batch<'a>(
+    fn share_rows<'a>(
         &self,
         q: &[f32],
+        all_rows: Range<usize>,
         n_read: &[usize],
         read: &(dyn Fn(usize) -> Latents<'a> + Sync),
         n_tasks: usize,
         outputs: &mut [f32],
     ) {
         let Sizes { heads, v, .. } = self.sizes;
-        let total: usize = n_read.iter().sum();
-        let task_rows = (n_read.len() * heads / HEADS_MAX / n_tasks).clamp(1, TASK_ROWS);
+        let total: usize = n_read[all_rows.clone()].iter().sum();
+        let task_rows = (all_rows.len() * heads / HEADS_MAX / n_tasks).clamp(1, TASK_ROWS);
         let mut tasks = Vec::new();
         for (block, outputs) in outputs.chunks_mut(task_rows * heads * v).enumerate() {
-            let first = block * task_rows;
+            let first = all_rows.start + block * task_rows;
             let rows = first..first + outputs.len() / (heads * v);
             // By what its rows read: longer ones among short ones are cut, too.
             let reads: usize = n_read[rows.clone()].iter().sum();
@@ -87,9 +98,7 @@ impl Attention {
         let n_heads = of_heads.len();
         let (q_width, sums_width) = (n_heads * (latent + rope), n_heads * latent);
         let mut absorbed = Lines::zeros(rows.len() * q_width);
-        for mut absorbed in Columns::split(&mut absorbed, q_width, q_width) {
-            self.absorb(q, rows.clone(), of_heads.clone(), &mut absorbed);
-        }
+        self.absorb(q, rows.clone(), of_heads.clone(), &mut Columns::whole(&mut absorbed, q_width));
         let isa = Isa::detect();
         let mut means = Lines::zeros(rows.len() * sums_width);
         let mut next_sums = Lines::zeros(sums_width);
@@ -115,38 +124,28 @@ impl Attention {
         self.expand(&means, of_heads, outputs);
     }
 
-    /// A task takes a part of a row, for as many heads as read it while it is near. The same bits as with
-    /// [`Attention::share_batch`].
-    fn share_rows(&self, q: &[f32], latents: &[Latents<'_>], n_tasks: usize, outputs: &mut [f32]) {
+    /// A task takes a part of the row, for as many heads as read it while it is near. The same bits as with
+    /// [`Attention::share_rows`].
+    fn share_row(&self, q: &[f32], row: usize, latents: &[&[f32]], n_tasks: usize, outputs: &mut [f32]) {
         let Sizes { heads, v, latent, rope, softmax_scale, .. } = self.sizes;
         let _awake = threads::stay_awake();
         let q_width = latent + rope;
-        let mut absorbed = Lines::zeros(latents.len() * heads * q_width); // [rows, heads, latent + rope]
+        let mut absorbed = Lines::zeros(heads * q_width); // [heads, latent + rope]
         let task_heads = heads.div_ceil(n_tasks);
         let tasks = Columns::split(&mut absorbed, heads * q_width, task_heads * q_width).collect();
         threads::for_each(tasks, |mut absorbed: Columns<'_>| {
             let of_heads = absorbed.range().start / q_width..absorbed.range().end / q_width;
-            self.absorb(q, 0..latents.len(), of_heads, &mut absorbed);
+            self.absorb(q, row..row + 1, of_heads, &mut absorbed);
         });
 
-        let firsts: Vec<usize> = latents
-            .iter()
-            .scan(0, |next, latents| {
-                let first = *next;
-                *next += parts(latents).len();
-                Some(first)
-            })
-            .collect();
-        let n_parts = latents.iter().map(|latents| parts(latents).len()).sum::<usize>();
+        let n_parts = parts(latents).len();
         let mut sums = Lines::zeros(n_parts * heads * latent); // [parts, heads, latent]
         let mut softmaxes = vec![Softmax::NOTHING; n_parts * heads]; // [parts, heads]
         let part_heads = heads.div_ceil(n_tasks.div_ceil(n_parts)).min(HEADS_MAX);
-        let of_rows = absorbed.chunks_exact(heads * q_width).zip(latents);
-        let all_parts = of_rows.flat_map(|(q, latents)| parts(latents).map(move |part| (q, part)));
         let all_sums = sums.chunks_exact_mut(heads * latent).zip(softmaxes.chunks_exact_mut(heads));
-        let tasks = all_parts.zip(all_sums).flat_map(|((q, part), (sums, softmaxes))| {
+        let tasks = parts(latents).zip(all_sums).flat_map(|(part, (sums, softmaxes))| {
             let of_heads = sums.chunks_mut(part_heads * latent).zip(softmaxes.chunks_mut(part_heads));
-            q.chunks(part_heads * q_width).zip(of_heads).map(move |(q, sums)| (q, part, sums))
+            absorbed.chunks(part_heads * q_width).zip(of_heads).map(move |(q, sums)| (q, part, sums))
         });
         let isa = Isa::detect();
         threads::for_each(tasks.collect(), |(q, part, (sums, softmaxes))| {
@@ -156,21 +155,19 @@ impl Attention {
         let tasks = Columns::split(outputs, heads * v, task_heads * v).collect();
         threads::for_each(tasks, |mut outputs: Columns<'_>| {
             let of_heads = outputs.range().start / v..outputs.range().end / v;
-            let mut means = Vec::with_capacity(latents.len() * of_heads.len() * latent);
-            for (&first, latents) in firsts.iter().zip(latents) {
-                for head in of_heads.clone() {
-                    let part = |part: usize| {
-                        let at = (first + part) * heads + head;
-                        (softmaxes[at], &sums[at * latent..][..latent])
-                    };
-                    let (mut softmax, sums) = part(0);
-                    let start = means.len();
-                    means.extend_from_slice(sums);
-                    for (next, next_sums) in (1..parts(latents).len()).map(part) {
-                        softmax.merge(&mut means[start..], next, next_sums);
-                    }
-                    softmax.finish(&mut means[start..]);
+            let mut means = Vec::with_capacity(of_heads.len() * latent);
+            for head in of_heads.clone() {
+                let part = |part: usize| {
+                    let at = part * heads + head;
+                    (softmaxes[at], &sums[at * latent..][..latent])
+                };
+                let (mut softmax, first_sums) = part(0);
+                let start = means.len();
+                means.extend_from_slice(first_sums);
+                for (next, next_sums) in (1..n_parts).map(part) {
+                    softmax.merge(&mut means[start..], next, next_sums);
                 }
+                softmax.finish(&mut means[start..]);
             }
             self.expand(&means, of_heads, &mut outputs);
         });
@@ -202,6 +199,25 @@ impl Attention {
             for (row, values) in values.chunks_exact(v).enumerate() {
                 outputs.row(row)[at * v..][..v].copy_from_slice(values);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_few_and_cover_a_row() {
+        for n in [1, PART, PART + 1, PART * PARTS_MAX, PART * PARTS_MAX + 1, 163_840] {
+            let latents = vec![&[0.0_f32][..]; n];
+            let parts: Vec<usize> = parts(&latents).map(<[_]>::len).collect();
+            assert!(parts.len() <= PARTS_MAX, "{n}: {parts:?}");
+            assert_eq!(parts.iter().sum::<usize>(), n);
+            assert!(
+                parts[1..].iter().all(|part| *part <= parts[0])
+                    && (parts[0] == n || parts[0].is_multiple_of(PART))
+            );
         }
     }
 }
