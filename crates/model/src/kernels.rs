@@ -10,6 +10,7 @@ mod attend;
 mod columns;
 mod cores;
 mod generic;
+pub(crate) mod heap;
 mod lanes;
 mod matmul;
 pub(crate) mod packed;
