@@ -107,6 +107,9 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
     if let Some(name) = std::env::var_os(ISA_VARIABLE) {
         model::Isa::choose(&name.to_string_lossy()).context(ISA_VARIABLE)?;
     }
+    if matches!(command, Command::Router(_) | Command::Expert(_) | Command::Bench(_)) {
+        model::keep_freed();
+    }
     match command {
         Command::Gateway(service) => {
             process::serve(log, "gateway", None, service.process, |process, ready| {

@@ -10,7 +10,7 @@ mod attend;
 mod columns;
 mod cores;
 mod generic;
-pub(crate) mod heap;
+mod heap;
 mod lanes;
 mod matmul;
 pub(crate) mod packed;
@@ -25,6 +25,7 @@ use crate::Error;
 pub(crate) use attend::{HEADS_MAX, Softmax, attend};
 pub(crate) use columns::Columns;
 pub(crate) use generic::{layer_norm, sigmoid};
+pub use heap::keep_freed;
 pub(crate) use lanes::Lines;
 pub(crate) use matmul::{Weight, matmul};
 

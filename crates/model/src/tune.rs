@@ -7,7 +7,7 @@ use std::{num::NonZeroUsize, time::Duration};
 use crate::{
     Bits, Error, Weights,
     checkpoint::memory::Memory,
-    kernels::{Factors, Product, heap, packed, products, threads::Threads},
+    kernels::{Factors, Product, packed, products, threads::Threads},
 };
 
 /// How a process computes.
@@ -119,9 +119,8 @@ impl Tuning {
         Ok(found)
     }
 
-    /// The threads to compute with. From now on this process's heap keeps what steps free, for the next ones.
+    /// The threads to compute with.
     pub fn start(&self) -> Result<Threads, Error> {
-        heap::keep_freed();
         Threads::start(self.threads, self.spins)
     }
 }

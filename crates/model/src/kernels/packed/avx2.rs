@@ -201,7 +201,7 @@ pub(super) fn add_products_4<const R: usize>(
 }
 
 /// One block of a panel in 16 bits: for each pair of elements both halves of the outputs. There from when it is widened:
-/// clearing it first took a twentieth of the time of 16 rows.
+/// clearing it first took 3 % of a step of 16 rows.
 type Wide = [MaybeUninit<Two>; BLOCK / 2];
 
 /// Adds the products of [`WIDE_FROM`](super::WIDE_FROM) or more rows with a whole panel to `y`.
@@ -253,7 +253,7 @@ fn widen(bytes: __m256i) -> Two {
 #[target_feature(enable = "avx2")]
 fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
     let flip = _mm256_set1_epi8(-128);
-    debug_assert_eq!(block.len() * 2, wide.len());
+    assert_eq!(block.len() * 2, wide.len(), "a block of int8");
     for (run, wide) in block.iter().zip(wide.as_chunks_mut::<2>().0) {
         prefetch(run);
         let (halves, _) = run.as_chunks::<32>();
@@ -269,7 +269,7 @@ fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
 fn widen_4(block: &[[u8; 64]], wide: &mut Wide) {
     let low_halves = _mm256_set1_epi8(0x0f);
     let eight = _mm256_set1_epi8(8);
-    debug_assert_eq!(block.len() * 4, wide.len());
+    assert_eq!(block.len() * 4, wide.len(), "a block of int4");
     for (run, wide) in block.iter().zip(wide.as_chunks_mut::<4>().0) {
         prefetch(run);
         let (halves, _) = run.as_chunks::<32>();
