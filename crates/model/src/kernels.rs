@@ -4,7 +4,7 @@
 //!
 //! Each kernel is written once and compiled for each instruction set, so that the twins cannot drift apart: [`generic`] in
 //! plain Rust, [`matmul`] and [`attend`] with a type for sixteen [`lanes`]; [`packed`] has one of each. The only module with
-//! `unsafe`, for instructions and calls that need a detected instruction set.
+//! `unsafe`, for instructions and calls that need a detected instruction set, the threads' tasks, and a setting of the C library.
 
 mod attend;
 mod columns;
