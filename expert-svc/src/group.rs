@@ -23,14 +23,11 @@ pub(crate) fn group(assignments: &[Assignment]) -> Vec<Group> {
     members.into_iter().map(|(expert, members)| Group { expert, members }).collect()
 }
 
-/// The members' rows, one below the other: `[rows, hidden]` → `[members, hidden]`.
-pub(crate) fn gather(group: &Group, assignments: &[Assignment], rows: &[f32], width: usize) -> Vec<f32> {
-    let mut gathered = Vec::with_capacity(group.members.len() * width);
-    for &member in &group.members {
-        let start = assignments[member].row.index() * width;
-        gathered.extend_from_slice(&rows[start..start + width]);
+impl Group {
+    /// The members' rows.
+    pub(crate) fn rows(&self, assignments: &[Assignment]) -> Vec<usize> {
+        self.members.iter().map(|&member| assignments[member].row.index()).collect()
     }
-    gathered
 }
 
 #[cfg(test)]
@@ -63,11 +60,10 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_gathered_in_the_order_of_the_members() {
+    fn rows_are_in_the_order_of_the_members() {
         let assignments = assignments(&[(2, 1), (0, 5), (0, 1)]);
-        let rows = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5];
         let groups = group(&assignments);
-        assert_eq!(gather(&groups[0], &assignments, &rows, 2), [2.0, 2.5, 0.0, 0.5]);
-        assert_eq!(gather(&groups[1], &assignments, &rows, 2), [0.0, 0.5]);
+        assert_eq!(groups[0].rows(&assignments), [2, 0]);
+        assert_eq!(groups[1].rows(&assignments), [0]);
     }
 }

@@ -5,14 +5,14 @@ mod held;
 use std::collections::BTreeMap;
 
 use ids::WeightsHash;
-use model::{expert::Expert, threads};
+use model::{Input, expert::Expert};
 use proto::{Code, Error, Frame, frame::Combine, rows::Dtype};
 
 pub(crate) use held::{Held, Shard, describe};
 
 use crate::{
     combine::{Combined, Sums},
-    group::{Group, gather, group},
+    group::{Group, group},
 };
 
 impl Shard {
@@ -28,16 +28,13 @@ impl Shard {
         let held = self.held();
         let groups = group(&frame.assignments);
         let work = work(&held, frame, &groups)?;
-        let rows = frame.rows.to_f32(); // [rows, hidden]
+        let rows = Input::from(frame.rows.to_f32()); // [rows, hidden]
         let mut sums = Sums::new(frame);
         for work in batches(&work) {
             let (groups, experts): (Vec<_>, Vec<_>) = work.iter().copied().unzip();
-            let n_gathered =
-                groups.iter().map(|group| group.members.len()).sum::<usize>() * self.hidden_size();
-            let gather = |at| gather(groups[at], &frame.assignments, &rows, self.hidden_size()); // [members, hidden]
-            let gathered = threads::share(n_gathered, || threads::map(groups.len(), gather));
-            let gathered: Vec<_> = experts.into_iter().zip(gathered.iter().map(Vec::as_slice)).collect();
-            sums.add(&groups, &Expert::forward(&gathered))?;
+            let of_groups: Vec<_> = groups.iter().map(|group| group.rows(&frame.assignments)).collect();
+            let list: Vec<_> = experts.into_iter().zip(of_groups.iter().map(Vec::as_slice)).collect();
+            sums.add(&groups, &Expert::forward(&rows, &list))?;
         }
         sums.finish()
     }

@@ -23,7 +23,7 @@ pub(crate) struct Activations {
     pub(crate) hidden_size: usize,
     pub(crate) dtype: Dtype,
     /// `[rows, hidden]`; the shared experts are computed from them too.
-    pub(crate) normed: Arc<Vec<f32>>,
+    pub(crate) normed: Arc<model::Input<'static>>,
     pub(crate) assignments: model::Assignments,
     /// Whose rows are recorded.
     pub(crate) traced: Traced,
@@ -261,7 +261,7 @@ pub(crate) mod tests {
             layer: LayerId(0),
             hidden_size: 2,
             dtype: Dtype::F32,
-            normed: Arc::new((0..experts.len()).map(|value| value as f32).collect()),
+            normed: Arc::new((0..experts.len()).map(|value| value as f32).collect::<Vec<_>>().into()),
             assignments: model::Assignments {
                 top_k: 2,
                 experts: experts.iter().copied().map(ExpertId).collect(),

@@ -5,14 +5,17 @@ use std::sync::Arc;
 use ids::LayerId;
 
 use crate::{
-    Bits, Checkpoint, Error, Layer, ModelConfig, Weights, kernels::rms_norm, rope::Rotary, storage::Linear,
+    Bits, Checkpoint, Error, Layer, ModelConfig, Weights,
+    kernels::RmsNorm,
+    rope::Rotary,
+    storage::{Input, Linear},
 };
 
 pub struct Backbone {
     config: ModelConfig,
     embed_tokens: Linear,
     layers: Vec<Layer>,
-    norm: Vec<f32>,
+    norm: RmsNorm,
     lm_head: Linear,
     weights: Weights,
 }
@@ -44,7 +47,10 @@ impl Backbone {
         Ok(Self {
             embed_tokens: checkpoint.stored(EMBED_TOKENS, shape)?,
             layers,
-            norm: checkpoint.vector("model.norm.weight", config.hidden_size)?,
+            norm: RmsNorm::new(
+                checkpoint.vector("model.norm.weight", config.hidden_size)?,
+                config.rms_norm_eps,
+            ),
             lm_head: match checkpoint.weights().of_backbone() {
                 None => checkpoint.stored(head, shape)?,
                 // What every answer goes through is worth its bytes.
@@ -82,6 +88,6 @@ impl Backbone {
     /// hidden `[rows, hidden]` → logits `[rows, vocab]`: final norm and head.
     #[must_use]
     pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
-        self.lm_head.apply(&rms_norm(hidden, &self.norm, self.config.rms_norm_eps), None)
+        self.lm_head.apply(&Input::normed(&self.norm, hidden, Some(&self.lm_head)), None)
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, ops::Range, sync::Arc};
 use ids::{ExpertId, LayerId, WeightsHash};
 use rayon::prelude::*;
 
-use crate::{Bits, Checkpoint, Error, Mlp, ModelConfig, checkpoint::Mapped};
+use crate::{Bits, Checkpoint, Error, Mlp, ModelConfig, checkpoint::Mapped, storage::Input};
 
 /// The routed experts that one process holds; maps only their bytes.
 #[derive(Default)]
@@ -172,9 +172,16 @@ impl Expert {
         self.weights
     }
 
-    /// Groups of rows, each with its expert: `[rows, hidden]` → `[rows, hidden]`, down(silu(gate x) · up x), unweighted.
+    /// Experts, each with some of the `rows` `[rows, hidden]`: down(silu(gate x) · up x) of those, `[some, hidden]` each,
+    /// unweighted.
+    ///
+    /// # Panics
+    /// If one of them is none of the rows.
     #[must_use]
-    pub fn forward(groups: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
-        Mlp::apply_list(&groups.iter().map(|(expert, rows)| (&expert.mlp, *rows)).collect::<Vec<_>>())
+    pub fn forward(rows: &Input<'_>, groups: &[(&Self, &[usize])]) -> Vec<Vec<f32>> {
+        let mlps = groups.iter().map(|(expert, _)| &expert.mlp);
+        let firsts = mlps.clone().zip(groups).map(|(mlp, (_, rows))| (mlp.first(), *rows));
+        let inputs = rows.select(&firsts.collect::<Vec<_>>());
+        Mlp::apply_list(&mlps.zip(&inputs).collect::<Vec<_>>())
     }
 }

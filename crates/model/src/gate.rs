@@ -7,7 +7,7 @@ use crate::{
     checkpoint::Checkpoint,
     config::{self, Scoring},
     kernels::{is_small, sigmoid, softmax},
-    storage::Linear,
+    storage::{Input, Linear},
 };
 
 /// `[rows, topk]`: the chosen experts of each row in gate order (largest first) with their weights.
@@ -63,7 +63,7 @@ impl Gate {
         normed: &[f32],
         missing: &[ExpertId],
     ) -> (Assignments, Vec<(RowIndex, ExpertId)>) {
-        let logits = self.weight.apply(normed, None); // [rows, experts]
+        let logits = self.weight.apply(&Input::new(normed), None); // [rows, experts]
         let bias = &self.e_score_correction_bias;
         let mut assignments = Assignments { top_k: self.top_k, experts: Vec::new(), weights: Vec::new() };
         let mut masked = Vec::new();

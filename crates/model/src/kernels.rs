@@ -35,6 +35,9 @@ const PARALLEL_FROM: usize = 1 << 18;
 /// Into how many tasks products are cut for each thread: what a thread that was late leaves to the others is small.
 const TASKS_PER_THREAD: usize = 8;
 
+/// Rows that one thread norms.
+const NORM_ROWS: usize = 16;
+
 /// Outputs that are never cut apart.
 const UNIT: usize = packed::OUTPUTS;
 
@@ -200,8 +203,29 @@ dispatch! {
     pub(crate) fn softmax(scores: &mut [f32])
 }
 dispatch! {
-    /// `weight * x / sqrt(mean(x²) + eps)` for each row of `x` `[rows, weight.len()]`.
-    pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32>
+    fn norm_rows(x: &[f32], weight: &[f32], eps: f32, normed: &mut [f32])
+}
+
+/// RMSNorm: `weight * x / sqrt(mean(x²) + eps)` of each row `[weight.len()]`.
+pub(crate) struct RmsNorm {
+    weight: Vec<f32>,
+    eps: f32,
+}
+
+impl RmsNorm {
+    pub(crate) const fn new(weight: Vec<f32>, eps: f32) -> Self {
+        Self { weight, eps }
+    }
+
+    /// `x` `[rows, weight.len()]` → the same.
+    pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let mut normed = vec![0.0; x.len()];
+        let part = NORM_ROWS * self.weight.len();
+        threads::for_each(x.chunks(part).zip(normed.chunks_mut(part)).collect(), |(x, normed)| {
+            norm_rows(x, &self.weight, self.eps, normed);
+        });
+        normed
+    }
 }
 
 dispatch! {

@@ -9,18 +9,17 @@ use crate::{
     attention::Attention,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
     gate::Gate,
-    kernels::{gated_beside, packed::Bits, products_beside, rms_norm, silu_mul, threads},
+    kernels::{RmsNorm, gated_beside, packed::Bits, products_beside, silu_mul, threads},
     rope::Rotary,
     storage::{Input, Linear},
 };
 
 pub struct Layer {
     id: LayerId,
-    input_layernorm: Vec<f32>,
+    input_layernorm: RmsNorm,
     attention: Attention,
-    post_attention_layernorm: Vec<f32>,
+    post_attention_layernorm: RmsNorm,
     feed_forward: FeedForward,
-    rms_norm_eps: f32,
 }
 
 pub enum FeedForward {
@@ -45,7 +44,10 @@ impl Layer {
     pub(crate) fn load(checkpoint: &Checkpoint, id: LayerId, rotary: Arc<Rotary>) -> Result<Self, Error> {
         let config = checkpoint.config();
         let prefix = format!("model.layers.{id}");
-        let norm = |name: &str| checkpoint.vector(&format!("{prefix}.{name}.weight"), config.hidden_size);
+        let norm = |name: &str| {
+            let weight = checkpoint.vector(&format!("{prefix}.{name}.weight"), config.hidden_size)?;
+            Ok::<_, Error>(RmsNorm::new(weight, config.rms_norm_eps))
+        };
         let feed_forward = if config.moe[id.index()] {
             FeedForward::Routed(Moe::load(checkpoint, &format!("{prefix}.mlp"))?)
         } else {
@@ -63,7 +65,6 @@ impl Layer {
             attention: Attention::load(checkpoint, &format!("{prefix}.self_attn"), rotary)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             feed_forward,
-            rms_norm_eps: config.rms_norm_eps,
         })
     }
 
@@ -76,15 +77,19 @@ impl Layer {
     /// latents (and index keys) into their pages first; writing the same position twice with the same input gives the
     /// same bits.
     pub fn attend(&self, hidden: &mut [f32], spans: &[Span<'_>], pages: &mut Pages) {
-        let normed = rms_norm(hidden, &self.input_layernorm, self.rms_norm_eps);
+        let normed = Input::normed(&self.input_layernorm, hidden, Some(self.attention.first()));
         let output = self.attention.apply(&normed, spans, self.id.index(), pages);
         hidden.iter_mut().zip(output).for_each(|(hidden, output)| *hidden += output);
     }
 
-    /// `[rows, hidden]` → `[rows, hidden]`
+    /// `[rows, hidden]` → `[rows, hidden]`, as the feed-forward takes them.
     #[must_use]
-    pub fn post_attention_layernorm(&self, hidden: &[f32]) -> Vec<f32> {
-        rms_norm(hidden, &self.post_attention_layernorm, self.rms_norm_eps)
+    pub fn post_attention_layernorm(&self, hidden: &[f32]) -> Input<'static> {
+        let first = match &self.feed_forward {
+            FeedForward::Dense(mlp) => Some(mlp.first()),
+            FeedForward::Routed(moe) => moe.shared_experts.as_ref().map(Mlp::first),
+        };
+        Input::normed(&self.post_attention_layernorm, hidden, first)
     }
 
     #[must_use]
@@ -124,6 +129,11 @@ impl Mlp {
         Ok((Self { gate_proj, up_proj, down_proj }, unit.hash))
     }
 
+    /// The matrix that its rows are multiplied with first.
+    pub(crate) const fn first(&self) -> &Linear {
+        &self.gate_proj
+    }
+
     /// Where its unit is in memory, if it is packed.
     pub(crate) fn packed_addresses(&self) -> Option<std::ops::Range<usize>> {
         self.gate_proj.packed_addresses()
@@ -158,21 +168,20 @@ impl Mlp {
 
     /// `[rows, hidden]` → `[rows, hidden]`
     #[must_use]
-    pub fn apply(&self, normed: &[f32]) -> Vec<f32> {
+    pub fn apply(&self, normed: &Input<'_>) -> Vec<f32> {
         Self::apply_list(&[(self, normed)]).swap_remove(0)
     }
 
     /// Several, each with rows of its own, in two jobs of the threads: gate and up, then down. What is packed is also
     /// activated and quantized in the first one.
-    pub(crate) fn apply_list(list: &[(&Self, &[f32])]) -> Vec<Vec<f32>> {
+    pub(crate) fn apply_list(list: &[(&Self, &Input<'_>)]) -> Vec<Vec<f32>> {
         Self::apply_list_beside(list, || ()).1
     }
 
     /// The same, and this thread does something else `first` while others begin.
-    fn apply_list_beside<T>(list: &[(&Self, &[f32])], first: impl FnOnce() -> T) -> (T, Vec<Vec<f32>>) {
-        let inputs: Vec<Input<'_>> = list.iter().map(|(_, rows)| Input::new(rows)).collect();
+    fn apply_list_beside<T>(list: &[(&Self, &Input<'_>)], first: impl FnOnce() -> T) -> (T, Vec<Vec<f32>>) {
         let mlps = list.iter().map(|(mlp, _)| *mlp);
-        let all_gated = mlps.clone().zip(&inputs).map(|(mlp, x)| mlp.gate_proj.gated(&mlp.up_proj, x));
+        let all_gated = list.iter().map(|(mlp, x)| mlp.gate_proj.gated(&mlp.up_proj, x));
         if let Some(all_gated) = all_gated.collect::<Option<Vec<_>>>() {
             let threads = threads::installed();
             let ((done, awake), gated) = gated_beside(&all_gated, || (first(), threads.stay_awake()));
@@ -180,8 +189,7 @@ impl Mlp {
             let down: Vec<_> = mlps.zip(&gated).map(|(mlp, gated)| mlp.down_proj.product(gated)).collect();
             return (done, products_beside(&down, || drop(awake)).1);
         }
-        let both =
-            mlps.clone().zip(&inputs).flat_map(|(mlp, x)| [mlp.gate_proj.product(x), mlp.up_proj.product(x)]);
+        let both = list.iter().flat_map(|(mlp, x)| [mlp.gate_proj.product(x), mlp.up_proj.product(x)]);
         let (done, mut gated) = products_beside(&both.collect::<Vec<_>>(), first);
         let n_gated = gated.iter().map(Vec::len).sum();
         let (pairs, _) = gated.as_chunks_mut::<2>();
@@ -236,12 +244,12 @@ impl Moe {
 
     /// The shared experts' sum `[rows, hidden]`; zeros where the model has none.
     #[must_use]
-    pub fn shared(&self, normed: &[f32]) -> Vec<f32> {
+    pub fn shared(&self, normed: &Input<'_>) -> Vec<f32> {
         self.shared_beside(normed, || ()).1
     }
 
     /// The same, and this thread does something else `first` while others begin.
-    pub fn shared_beside<T>(&self, normed: &[f32], first: impl FnOnce() -> T) -> (T, Vec<f32>) {
+    pub fn shared_beside<T>(&self, normed: &Input<'_>, first: impl FnOnce() -> T) -> (T, Vec<f32>) {
         match &self.shared_experts {
             Some(shared) => {
                 let (done, mut outputs) = Mlp::apply_list_beside(&[(shared, normed)], first);

@@ -1,6 +1,10 @@
 //! How stored numbers read: f32 or bf16, straight from the mapped file, or quantized and packed for the kernels.
 
-use std::{cell::OnceCell, ops::Range, sync::Arc};
+use std::{
+    borrow::Cow,
+    ops::{Deref, Range},
+    sync::{Arc, OnceLock},
+};
 
 use half::bf16;
 use memmap2::Mmap;
@@ -8,9 +12,9 @@ use memmap2::Mmap;
 use crate::{
     checkpoint::packed::Blob,
     kernels::{
-        Factors, Product, Weight,
+        Factors, Product, RmsNorm, Weight,
         packed::{self, Bits, Gated},
-        products,
+        products, threads,
     },
 };
 
@@ -59,24 +63,67 @@ enum View<'a> {
     Packed(Bits, &'a [u8]),
 }
 
-/// Rows that several matrices are multiplied with: quantized once, when the first of them asks.
-pub(crate) struct Input<'a> {
-    rows: &'a [f32],
-    quantized: OnceCell<packed::Rows>,
+/// Rows that several matrices are multiplied with: quantized once, when the first of them asks, or as they were normed.
+#[derive(Debug)]
+pub struct Input<'a> {
+    rows: Cow<'a, [f32]>,
+    quantized: OnceLock<packed::Rows>,
 }
 
 impl<'a> Input<'a> {
     pub(crate) const fn new(rows: &'a [f32]) -> Self {
-        Self { rows, quantized: OnceCell::new() }
+        Self { rows: Cow::Borrowed(rows), quantized: OnceLock::new() }
     }
 
     /// Rows for packed matrices alone.
     pub(crate) fn of_quantized(rows: packed::Rows) -> Self {
-        Self { rows: &[], quantized: OnceCell::from(rows) }
+        Self { rows: Cow::Borrowed(&[]), quantized: OnceLock::from(rows) }
+    }
+
+    /// `x` normed for `matrix`, in one pass with what that takes.
+    pub(crate) fn normed(norm: &RmsNorm, x: &[f32], matrix: Option<&Linear>) -> Self {
+        if matrix.is_some_and(Linear::is_packed) {
+            let (rows, quantized) = packed::Rows::norm_quantize(norm, x);
+            return Self { rows: Cow::Owned(rows), quantized: OnceLock::from(quantized) };
+        }
+        Self::from(norm.apply(x))
+    }
+
+    /// Some of the rows for each of several matrices, all of one width. Quantized are all of them together, each once.
+    pub(crate) fn select(&self, list: &[(&Linear, &[usize])]) -> Vec<Input<'static>> {
+        let n_rows: usize = list.iter().map(|(_, rows)| rows.len()).sum();
+        let Some((Linear { width, .. }, _)) = list.first() else { return Vec::new() };
+        if list.iter().any(|(matrix, _)| matrix.is_packed()) {
+            self.quantized(*width);
+        }
+        let select = |at| {
+            let (matrix, rows): (&Linear, &[usize]) = list[at];
+            if matrix.is_packed() {
+                return Input::of_quantized(self.quantized(*width).select(rows));
+            }
+            let mut selected = Vec::with_capacity(rows.len() * width);
+            rows.iter().for_each(|row| selected.extend_from_slice(&self[row * width..][..*width]));
+            Input::from(selected)
+        };
+        threads::share(n_rows * width, || threads::map(list.len(), select))
     }
 
     fn quantized(&self, width: usize) -> &packed::Rows {
-        self.quantized.get_or_init(|| packed::Rows::quantize(self.rows, width))
+        self.quantized.get_or_init(|| packed::Rows::quantize(&self.rows, width))
+    }
+}
+
+impl From<Vec<f32>> for Input<'_> {
+    fn from(rows: Vec<f32>) -> Self {
+        Self { rows: Cow::Owned(rows), quantized: OnceLock::new() }
+    }
+}
+
+impl Deref for Input<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.rows
     }
 }
 
@@ -141,6 +188,10 @@ impl Linear {
         Self { values: Values::Packed { blob, bytes, bits }, outputs, width }
     }
 
+    const fn is_packed(&self) -> bool {
+        matches!(self.values, Values::Packed { .. })
+    }
+
     /// Where its whole unit is in memory, if it is packed.
     pub(crate) fn packed_addresses(&self) -> Option<Range<usize>> {
         match &self.values {
@@ -169,8 +220,8 @@ impl Linear {
     }
 
     /// `x` `[rows, width]` → `[rows, outputs]`.
-    pub(crate) fn apply(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
-        let [mut y] = Self::apply_all([(self, &Input::new(x))]);
+    pub(crate) fn apply(&self, x: &Input<'_>, bias: Option<&[f32]>) -> Vec<f32> {
+        let [mut y] = Self::apply_all([(self, x)]);
         add_bias(&mut y, bias);
         y
     }
@@ -203,8 +254,8 @@ impl Linear {
             View::F32(_) | View::Bf16(_) if x.rows.is_empty() && x.quantized.get().is_some() => {
                 unreachable!("an MLP's matrices are all packed or none is")
             }
-            View::F32(w) => Factors::F32(x.rows, w),
-            View::Bf16(w) => Factors::Bf16(x.rows, w),
+            View::F32(w) => Factors::F32(x, w),
+            View::Bf16(w) => Factors::Bf16(x, w),
             View::Packed(bits, bytes) => Factors::Packed(x.quantized(width), bits, bytes),
         };
         Product { width, outputs, factors }

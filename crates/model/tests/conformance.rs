@@ -126,7 +126,7 @@ impl Fixture {
                         let mut routed = vec![0.0; width];
                         for slot in row * assignments.top_k..(row + 1) * assignments.top_k {
                             let expert = self.experts.get(layer.id(), assignments.experts[slot]).unwrap();
-                            let output = Expert::forward(&[(expert, &normed[row * width..][..width])]);
+                            let output = Expert::forward(&normed, &[(expert, &[row])]);
                             routed
                                 .iter_mut()
                                 .zip(&output[0])

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use ids::{ExpertId, PageIndex};
 use model::{
-    Backbone, Checkpoint, Experts, FeedForward, Layer, Moe, Pages, Span, Threads, add_weighted,
+    Backbone, Checkpoint, Experts, FeedForward, Input, Layer, Moe, Pages, Span, Threads, add_weighted,
     expert::Expert, tune::Wanted,
 };
 
@@ -129,7 +129,7 @@ fn forward(local: &Local, ids: &[u32], spans: &[Span<'_>], pages: &mut Pages) ->
 }
 
 /// Shared and routed experts.
-fn routed(local: &Local, layer: &Layer, moe: &Moe, normed: &[f32]) -> anyhow::Result<Vec<f32>> {
+fn routed(local: &Local, layer: &Layer, moe: &Moe, normed: &Input<'_>) -> anyhow::Result<Vec<f32>> {
     let width = local.backbone.config().hidden_size;
     let (assignments, mut update) = moe.shared_beside(normed, || moe.gate(normed));
     let mut by_expert = vec![Vec::new(); local.backbone.config().n_routed_experts];
@@ -140,11 +140,11 @@ fn routed(local: &Local, layer: &Layer, moe: &Moe, normed: &[f32]) -> anyhow::Re
     for (expert, slots) in by_expert.iter().enumerate().filter(|(_, slots)| !slots.is_empty()) {
         let expert =
             local.experts.get(layer.id(), ExpertId(expert as u32)).context("an expert is missing")?;
-        let rows = slots.iter().map(|slot| &normed[slot / assignments.top_k * width..][..width]);
-        groups.push((expert, slots, rows.flatten().copied().collect::<Vec<f32>>()));
+        let rows: Vec<usize> = slots.iter().map(|slot| slot / assignments.top_k).collect();
+        groups.push((expert, slots, rows));
     }
     let inputs: Vec<_> = groups.iter().map(|(expert, _, rows)| (*expert, rows.as_slice())).collect();
-    let outputs = Expert::forward(&inputs);
+    let outputs = Expert::forward(normed, &inputs);
     for ((_, slots, _), outputs) in groups.iter().zip(outputs) {
         for (slot, output) in slots.iter().zip(outputs.chunks_exact(width)) {
             let update = &mut update[slot / assignments.top_k * width..][..width];

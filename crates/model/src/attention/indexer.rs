@@ -71,12 +71,11 @@ impl Indexer {
     pub(super) fn queries(
         &self,
         normed: &Input<'_>,
-        q_resid: &[f32],
+        q_resid: &Input<'_>,
         readers: &[Reader<'_>],
     ) -> IndexQueries {
         let config::Indexer { index_n_heads, index_head_dim, .. } = self.sizes;
-        let q_resid = Input::new(q_resid);
-        let [mut q, mut weights] = Linear::apply_all([(&self.wq_b, &q_resid), (&self.weights_proj, normed)]);
+        let [mut q, mut weights] = Linear::apply_all([(&self.wq_b, q_resid), (&self.weights_proj, normed)]);
         for (head, q) in q.chunks_exact_mut(index_head_dim).enumerate() {
             readers[head / index_n_heads].angles.rotate_half_split(q);
         }

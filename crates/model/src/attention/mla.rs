@@ -10,7 +10,7 @@ use super::indexer::Indexer;
 use crate::{
     Error, ModelConfig, Pages, Span,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
-    kernels::{packed::Bits, rms_norm, threads},
+    kernels::{RmsNorm, packed::Bits, threads},
     pages::{IndexKeys, Rows},
     rope::{Angles, Rotary},
     storage::{Input, Linear, add_bias},
@@ -23,7 +23,7 @@ pub(crate) struct Attention {
     query: Query,
     kv_a_proj_with_mqa: Linear,
     kv_a_bias: Option<Vec<f32>>,
-    kv_a_layernorm: Vec<f32>,
+    kv_a_layernorm: RmsNorm,
     /// One a head.
     kv_b_proj: Vec<KvHead>,
     o_proj: Linear,
@@ -60,7 +60,7 @@ pub(super) struct Reader<'a> {
 
 /// How queries are made: through a low-rank bottleneck, or directly (V2-Lite).
 enum Query {
-    LowRank { q_a_proj: Linear, q_a_bias: Option<Vec<f32>>, q_a_layernorm: Vec<f32>, q_b_proj: Linear },
+    LowRank { q_a_proj: Linear, q_a_bias: Option<Vec<f32>>, q_a_layernorm: RmsNorm, q_b_proj: Linear },
     Direct { q_proj: Linear },
 }
 
@@ -91,13 +91,17 @@ impl Attention {
         let (nope, rope, v) = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim);
         let softmax_scale = config.rope.softmax_scale(nope + rope) as f32;
         let sizes = Sizes { heads, nope, rope, v, latent: kv_lora_rank, softmax_scale };
+        let norm = |name: &str, len| {
+            let weight = checkpoint.vector(&format!("{prefix}.{name}.weight"), len)?;
+            Ok::<_, Error>(RmsNorm::new(weight, INNER_NORM_EPS))
+        };
         let bias = |name: &str, len| checkpoint.bias(&format!("{prefix}.{name}.bias"), len, attention_bias);
         let matrices = Matrices::load(checkpoint, prefix, sizes)?;
         let query = match (config.q_lora_rank, matrices.q_second) {
             (Some(rank), Some(q_b_proj)) => Query::LowRank {
                 q_a_proj: matrices.q_first,
                 q_a_bias: bias("q_a_proj", rank)?,
-                q_a_layernorm: checkpoint.vector(&format!("{prefix}.q_a_layernorm.weight"), rank)?,
+                q_a_layernorm: norm("q_a_layernorm", rank)?,
                 q_b_proj,
             },
             (None, _) | (Some(_), None) => Query::Direct { q_proj: matrices.q_first },
@@ -112,7 +116,7 @@ impl Attention {
             query,
             kv_a_proj_with_mqa: matrices.kv_a_proj_with_mqa,
             kv_a_bias: bias("kv_a_proj_with_mqa", kv_lora_rank + rope)?,
-            kv_a_layernorm: checkpoint.vector(&format!("{prefix}.kv_a_layernorm.weight"), kv_lora_rank)?,
+            kv_a_layernorm: norm("kv_a_layernorm", kv_lora_rank)?,
             kv_b_proj: matrices.kv_b_proj,
             o_proj: matrices.o_proj,
             o_bias: bias("o_proj", hidden_size)?,
@@ -122,10 +126,15 @@ impl Attention {
         })
     }
 
+    /// The matrix that the hidden state is multiplied with first.
+    pub(crate) fn first(&self) -> &Linear {
+        self.query.first()
+    }
+
     /// Normed hidden `[rows, hidden]` → attention's output `[rows, hidden]`. Rows are cached before any is read.
     pub(crate) fn apply(
         &self,
-        normed: &[f32],
+        normed: &Input<'_>,
         spans: &[Span<'_>],
         layer: usize,
         pages: &mut Pages,
@@ -138,10 +147,9 @@ impl Attention {
             .map(reader)
             .collect();
         let (latents, index_keys) = pages.layer(layer);
-        let input = Input::new(normed);
         let [compressed, kv] =
-            Linear::apply_all([(self.query.first(), &input), (&self.kv_a_proj_with_mqa, &input)]);
-        self.cache(&input, kv, &readers, latents, index_keys);
+            Linear::apply_all([(self.first(), normed), (&self.kv_a_proj_with_mqa, normed)]);
+        self.cache(normed, kv, &readers, latents, index_keys);
 
         let (mut q, q_resid) = self.query.finish(compressed); // [rows, heads, nope + rope]
         for (q, reader) in q.chunks_exact_mut(heads * (nope + rope)).zip(&readers) {
@@ -149,7 +157,8 @@ impl Attention {
                 reader.angles.rotate_interleaved(&mut q[nope..]);
             }
         }
-        let index_queries = self.indexer.as_ref().map(|indexer| indexer.queries(&input, &q_resid, &readers));
+        let indexed = self.indexer.as_ref().zip(q_resid);
+        let index_queries = indexed.map(|(indexer, q_resid)| indexer.queries(normed, &q_resid, &readers));
         let selected = threads::map(readers.len(), |row| {
             self.indexer.as_ref()?.select(index_queries.as_ref()?, row, &readers[row], index_keys)
         });
@@ -162,7 +171,7 @@ impl Attention {
                 None => (0..=*position).map(|s| latents.get(pages, s)).collect(),
             }
         };
-        self.o_proj.apply(&self.attend(&q, &n_read, &read), self.o_bias.as_deref())
+        self.o_proj.apply(&Input::new(&self.attend(&q, &n_read, &read)), self.o_bias.as_deref())
     }
 
     fn cache(
@@ -178,7 +187,7 @@ impl Attention {
         let keys = self.indexer.as_ref().map(|indexer| (indexer.head_dim(), indexer.keys(normed)));
         for (row, reader) in readers.iter().enumerate() {
             let kv = &mut kv[row * (latent + rope)..][..latent + rope];
-            let normed = rms_norm(&kv[..latent], &self.kv_a_layernorm, INNER_NORM_EPS);
+            let normed = self.kv_a_layernorm.apply(&kv[..latent]);
             kv[..latent].copy_from_slice(&normed);
             reader.angles.rotate_interleaved(&mut kv[latent..]);
             latents.set(reader.pages, reader.position, kv);
@@ -275,15 +284,14 @@ impl Query {
         }
     }
 
-    /// Its product → queries `[rows, heads × (nope + rope)]` and the bottleneck's `[rows, q_lora_rank]` (empty where there
-    /// is none).
-    fn finish(&self, mut product: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+    /// Its product → queries `[rows, heads × (nope + rope)]` and the bottleneck's `[rows, q_lora_rank]`, where there is one.
+    fn finish(&self, mut product: Vec<f32>) -> (Vec<f32>, Option<Input<'static>>) {
         match self {
-            Self::Direct { .. } => (product, Vec::new()),
+            Self::Direct { .. } => (product, None),
             Self::LowRank { q_a_bias, q_a_layernorm, q_b_proj, .. } => {
                 add_bias(&mut product, q_a_bias.as_deref());
-                let q_resid = rms_norm(&product, q_a_layernorm, INNER_NORM_EPS);
-                (q_b_proj.apply(&q_resid, None), q_resid)
+                let q_resid = Input::normed(q_a_layernorm, &product, Some(q_b_proj));
+                (q_b_proj.apply(&q_resid, None), Some(q_resid))
             }
         }
     }

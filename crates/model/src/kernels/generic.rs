@@ -134,14 +134,14 @@ pub(super) fn sum_of_exp(values: &[f32], shift: f32, scale: f32) -> f64 {
 
 /// `weight * x / sqrt(mean(x²) + eps)` for each row of `x` `[rows, weight.len()]`.
 #[inline(always)]
-pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
-    let mut normed = Vec::with_capacity(x.len());
-    for row in x.chunks_exact(weight.len()) {
+pub(super) fn norm_rows(x: &[f32], weight: &[f32], eps: f32, normed: &mut [f32]) {
+    for (row, normed) in x.chunks_exact(weight.len()).zip(normed.chunks_exact_mut(weight.len())) {
         let mean = sum(row.iter().map(|value| value * value)) / row.len() as f32;
         let scale = 1.0 / (mean + eps).sqrt();
-        normed.extend(row.iter().zip(weight).map(|(value, weight)| weight * (value * scale)));
+        for (normed, (value, weight)) in normed.iter_mut().zip(row.iter().zip(weight)) {
+            *normed = weight * (value * scale);
+        }
     }
-    normed
 }
 
 /// `weight * (x - mean) / sqrt(variance + eps) + bias` for each row of `x` `[rows, weight.len()]`.

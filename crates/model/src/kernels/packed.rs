@@ -27,7 +27,8 @@ use std::ops::Range;
 use half::bf16;
 
 use self::rows::{
-    Biases, GROUP, Group, Part, Quantize, Row, TILE_ROWS, WIDE_ROWS, WideBlock, biases_of, quantize, widen,
+    Biases, GROUP, Group, Part, Quantize, Row, TILE_ROWS, WIDE_ROWS, WideBlock, biases_of, quantize, select,
+    widen,
 };
 pub(crate) use self::{
     gated::{Blocks, Gated},

@@ -5,7 +5,10 @@
 use std::ops::Range;
 
 use super::{Attention, Sizes};
-use crate::kernels::{Columns, HEADS_MAX, Isa, Lines, Softmax, attend, threads};
+use crate::{
+    kernels::{Columns, HEADS_MAX, Isa, Lines, Softmax, attend, threads},
+    storage::Input,
+};
 
 /// Positions of a part: merging it costs less than a hundredth of reading it.
 const PART: usize = 192;
@@ -179,7 +182,7 @@ impl Attention {
         for (at, head) in of_heads.enumerate() {
             let of_head = |row: usize| &q[(row * heads + head) * (nope + rope)..][..nope + rope];
             let no_position: Vec<f32> = rows.clone().flat_map(|row| &of_head(row)[..nope]).copied().collect();
-            let keys = self.kv_b_proj[head].key.apply(&no_position, None); // [rows, latent]
+            let keys = self.kv_b_proj[head].key.apply(&Input::new(&no_position), None); // [rows, latent]
             for (block, (row, key)) in rows.clone().zip(keys.chunks_exact(latent)).enumerate() {
                 let absorbed = &mut absorbed.row(block)[at * (latent + rope)..][..latent + rope];
                 absorbed[..latent].copy_from_slice(key);
@@ -195,7 +198,7 @@ impl Attention {
         for (at, head) in of_heads.enumerate() {
             let of_head: Vec<f32> =
                 means.chunks_exact(latent).skip(at).step_by(n_heads).flatten().copied().collect();
-            let values = self.kv_b_proj[head].value.apply(&of_head, None); // [rows, v]
+            let values = self.kv_b_proj[head].value.apply(&Input::new(&of_head), None); // [rows, v]
             for (row, values) in values.chunks_exact(v).enumerate() {
                 outputs.row(row)[at * v..][..v].copy_from_slice(values);
             }

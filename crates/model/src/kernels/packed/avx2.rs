@@ -17,6 +17,11 @@ pub(super) fn quantize(part: Part<'_>) {
 }
 
 #[target_feature(enable = "avx2,fma")]
+pub(super) fn select(from: &Rows, rows: &[usize], to: &mut Rows) {
+    super::select(from, rows, to);
+}
+
+#[target_feature(enable = "avx2,fma")]
 pub(super) fn gate(part: gated::Part<'_, '_>) {
     gated::gate::<Avx2>(part);
 }

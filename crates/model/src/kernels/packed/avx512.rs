@@ -22,6 +22,11 @@ pub(super) fn quantize(part: Part<'_>) {
     super::quantize::<Avx512>(part);
 }
 
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn select(from: &Rows, rows: &[usize], to: &mut Rows) {
+    super::select(from, rows, to);
+}
+
 pub(super) struct Avx512;
 
 #[expect(

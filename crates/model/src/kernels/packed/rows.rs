@@ -1,7 +1,7 @@
 //! The rows that packed matrices are multiplied with, quantized, in the order in which kernels read them.
 
 use super::{
-    super::{Isa, threads},
+    super::{Isa, RmsNorm, generic::norm_rows, threads},
     BLOCK, ROWS_PASS, blocks, scalar,
 };
 #[cfg(target_arch = "x86_64")]
@@ -87,6 +87,8 @@ pub(super) struct Row<'a> {
 /// Some rows while they are quantized.
 pub(super) struct Part<'a> {
     x: &'a [f32],
+    /// What is done to them before, and where that goes.
+    norm: Option<(&'a RmsNorm, &'a mut [f32])>,
     width: usize,
     group: usize,
     numbers: &'a mut [[i8; BLOCK]],
@@ -102,6 +104,28 @@ impl Rows {
     }
 
     pub(super) fn quantize_for(isa: Isa, x: &[f32], width: usize) -> Self {
+        Self::quantize_parts(isa, x, width, &mut std::iter::repeat_with(|| None))
+    }
+
+    /// The normed rows, and the same quantized, while each is near.
+    pub(crate) fn norm_quantize(norm: &RmsNorm, x: &[f32]) -> (Vec<f32>, Self) {
+        Self::norm_quantize_for(Isa::detect(), norm, x)
+    }
+
+    pub(super) fn norm_quantize_for(isa: Isa, norm: &RmsNorm, x: &[f32]) -> (Vec<f32>, Self) {
+        let width = norm.weight.len();
+        let mut normed = vec![0.0; x.len()];
+        let mut parts = normed.chunks_mut(ROWS_PART * width).map(|normed| Some((norm, normed)));
+        let rows = Self::quantize_parts(isa, x, width, &mut parts);
+        (normed, rows)
+    }
+
+    fn quantize_parts<'a>(
+        isa: Isa,
+        x: &'a [f32],
+        width: usize,
+        norms: &mut dyn Iterator<Item = Option<(&'a RmsNorm, &'a mut [f32])>>,
+    ) -> Self {
         let mut rows = Self::zeros(isa, x.len() / width, width);
         let (blocks, group) = (rows.blocks, rows.group);
         let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
@@ -110,14 +134,34 @@ impl Rows {
             .zip(rows.numbers.chunks_mut(ROWS_PART * blocks))
             .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
             .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
-            .map(|(((x, numbers), scales), biases)| {
+            .zip(norms)
+            .map(|((((x, numbers), scales), biases), norm)| {
                 // There are none where no kernel reads them.
                 let wide = wide.next().unwrap_or(&mut []);
-                Part { x, width, group, numbers, scales, biases, wide }
+                Part { x, norm, width, group, numbers, scales, biases, wide }
             })
             .collect();
         threads::for_each(parts, |part| quantize_with(isa, part));
         rows
+    }
+
+    /// Some of the rows, one below the other.
+    pub(crate) fn select(&self, rows: &[usize]) -> Self {
+        self.select_for(Isa::detect(), rows)
+    }
+
+    pub(super) fn select_for(&self, isa: Isa, rows: &[usize]) -> Self {
+        let mut selected = Self::zeros(isa, rows.len(), self.blocks * BLOCK);
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+            Isa::Avx2 => unsafe { avx2::select(self, rows, &mut selected) },
+            #[cfg(target_arch = "x86_64")]
+            #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+            Isa::Avx512 | Isa::Amx => unsafe { avx512::select(self, rows, &mut selected) },
+            _ => select(self, rows, &mut selected),
+        }
+        selected
     }
 
     pub(super) fn zeros(isa: Isa, n_rows: usize, width: usize) -> Self {
@@ -171,7 +215,6 @@ impl<'a> Row<'a> {
         self.group.scales[block * self.group.n_rows + self.row]
     }
 
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn biases(self, block: usize) -> Biases {
         self.group.biases[block * self.group.n_rows + self.row]
     }
@@ -194,8 +237,12 @@ fn quantize_with(isa: Isa, part: Part<'_>) {
 
 #[inline(always)]
 pub(super) fn quantize<Q: Quantize>(part: Part<'_>) {
-    let Part { x, width, group: group_rows, numbers, scales, biases, wide } = part;
+    let Part { mut x, norm, width, group: group_rows, numbers, scales, biases, wide } = part;
     let blocks = blocks(width);
+    if let Some((norm, normed)) = norm {
+        norm_rows(x, &norm.weight, norm.eps, normed);
+        x = normed;
+    }
     for (group, x) in x.chunks(group_rows * width).enumerate() {
         let n_rows = if group_rows == TILE_ROWS { TILE_ROWS } else { x.len() / width };
         for (row, x) in x.chunks_exact(width).enumerate() {
@@ -214,6 +261,26 @@ pub(super) fn quantize<Q: Quantize>(part: Part<'_>) {
                     let row = group * group_rows + row;
                     widen(&numbers[at], row, &mut wide[row / WIDE_ROWS * blocks + block]);
                 }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn select(from: &Rows, rows: &[usize], to: &mut Rows) {
+    let blocks = from.blocks;
+    for (row, &from_row) in rows.iter().enumerate() {
+        let from = from.row(from_row);
+        let in_group = row & (to.group - 1);
+        let first = row - in_group;
+        let n_rows = to.group.min(to.n_places - first);
+        for block in 0..blocks {
+            let at = first * blocks + block * n_rows + in_group;
+            to.numbers[at] = *from.numbers(block);
+            to.scales[at] = from.scale(block);
+            to.biases[at] = from.biases(block);
+            if !to.wide.is_empty() {
+                widen(&to.numbers[at], row, &mut to.wide[row / WIDE_ROWS * blocks + block]);
             }
         }
     }

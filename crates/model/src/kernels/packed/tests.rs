@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernels::{Factors, Product, products as multiply, tests::bits as of};
+use crate::kernels::{Factors, Product, RmsNorm, products as multiply, tests::bits as of};
 
 fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
     let mut packed = vec![0; bits.matrix_bytes(w.len() / width, width)];
@@ -192,6 +192,48 @@ proptest! {
                 prop_assert_eq!(&result.biases, &wanted.biases);
                 prop_assert_eq!(&result.wide, &wanted.wide);
             }
+        }
+    }
+
+    /// In one pass: the same as normed, then quantized.
+    #[test]
+    fn rows_are_normed_and_quantized_as_one_after_the_other(
+        (weight, x) in (1_usize..100, 1_usize..40).prop_flat_map(|(width, rows)| {
+            let values = |n: usize| proptest::collection::vec(-2.0_f32..2.0, n * width);
+            (values(1), values(rows))
+        })
+    ) {
+        let width = weight.len();
+        let norm = RmsNorm::new(weight, 1e-6);
+        let wanted = norm.apply(&x);
+        for isa in Isa::all() {
+            let (normed, rows) = Rows::norm_quantize_for(isa, &norm, &x);
+            prop_assert_eq!(of(&normed), of(&wanted));
+            let wanted = Rows::quantize_for(isa, &wanted, width);
+            prop_assert_eq!(&rows.numbers, &wanted.numbers);
+            prop_assert_eq!(of(&rows.scales), of(&wanted.scales));
+            prop_assert_eq!(&rows.biases, &wanted.biases);
+            prop_assert_eq!(&rows.wide, &wanted.wide);
+        }
+    }
+
+    /// Whatever order and number they are in.
+    #[test]
+    fn rows_that_are_selected_are_as_if_quantized_together(
+        (width, x) in (1_usize..100, 1_usize..40).prop_flat_map(|(width, rows)| {
+            (Just(width), proptest::collection::vec(-2.0_f32..2.0, rows * width))
+        }),
+        picks in proptest::collection::vec(any::<prop::sample::Index>(), 1..40),
+    ) {
+        let picks: Vec<usize> = picks.iter().map(|pick| pick.index(x.len() / width)).collect();
+        let picked: Vec<f32> = picks.iter().flat_map(|row| &x[row * width..][..width]).copied().collect();
+        for isa in Isa::all() {
+            let selected = Rows::quantize_for(isa, &x, width).select_for(isa, &picks);
+            let wanted = Rows::quantize_for(isa, &picked, width);
+            prop_assert_eq!(&selected.numbers, &wanted.numbers);
+            prop_assert_eq!(of(&selected.scales), of(&wanted.scales));
+            prop_assert_eq!(&selected.biases, &wanted.biases);
+            prop_assert_eq!(&selected.wide, &wanted.wide);
         }
     }
 
