@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use ids::{ExpertId, InstanceId};
+use model::threads;
 use proto::Error;
 
 use crate::flight::{Landed, log::Log};
@@ -19,37 +20,40 @@ pub(crate) struct Combined {
     pub(crate) log: Log,
 }
 
+/// Rows that one thread sums at a time.
+const ROWS_PART: usize = 8;
+
 /// Adds the routed experts' contributions and `shared` `[rows, hidden]`.
 pub(crate) fn combine(landed: Landed, shared: Vec<f32>) -> Combined {
     let hidden_size = landed.hidden_size;
     debug_assert_eq!(shared.len(), landed.n_rows * hidden_size);
-    let mut routed = vec![0.0_f32; shared.len()];
+    // By row, in the order in which they are summed.
+    let mut contributions: Vec<Vec<&[f32]>> = vec![Vec::new(); landed.n_rows];
     for sum in &landed.sums {
         for (&row, values) in sum.frame_rows.iter().zip(sum.values.chunks_exact(hidden_size)) {
             if !landed.pairs.contains_key(&row) {
-                add(&mut routed[row * hidden_size..][..hidden_size], values);
+                contributions[row].push(values);
             }
         }
     }
-    for (&row, contributions) in &landed.pairs {
-        for contribution in contributions {
-            add(&mut routed[row * hidden_size..][..hidden_size], contribution);
-        }
+    for (&row, of_experts) in &landed.pairs {
+        contributions[row].extend(of_experts.iter().map(Vec::as_slice));
     }
     let mut update = shared;
-    add(&mut update, &routed);
+    let parts = update.chunks_mut(ROWS_PART * hidden_size).zip(contributions.chunks(ROWS_PART)).collect();
+    threads::for_each(parts, |(update, contributions): (&mut [f32], &[Vec<&[f32]>])| {
+        let mut routed = vec![0.0; hidden_size];
+        for (update, contributions) in update.chunks_exact_mut(hidden_size).zip(contributions) {
+            routed.fill(0.0);
+            contributions.iter().for_each(|values| model::add(&mut routed, values));
+            model::add(update, &routed);
+        }
+    });
     Combined {
         update,
         lost: landed.lost,
         served: landed.served,
         last_failure: landed.last_failure,
         log: landed.log,
-    }
-}
-
-/// `sum += values`, element by element.
-pub(crate) fn add(sum: &mut [f32], values: &[f32]) {
-    for (sum, value) in sum.iter_mut().zip(values) {
-        *sum += value;
     }
 }

@@ -13,7 +13,7 @@ use proto::{
 
 use crate::{
     args::{Combine, Limits, OnMissingExpert},
-    combine::{Combined, add, combine},
+    combine::{Combined, combine},
     dispatch::{Activations, Traced},
     remote::Remote,
     sequence::Participants,
@@ -157,7 +157,7 @@ pub(crate) fn forward(
                 (combined.update, Some(dispatch))
             }
         };
-        add(&mut hidden, &update);
+        model::add(&mut hidden, &update);
         layers.push(LayerLog { layer: layer.id(), started, attended, dispatch, ended: remote.now() });
     }
     Forward { hidden, fates, contribution_max, layers }

@@ -35,6 +35,9 @@ const PARALLEL_FROM: usize = 1 << 18;
 /// Into how many tasks products are cut for each thread: what a thread that was late leaves to the others is small.
 const TASKS_PER_THREAD: usize = 8;
 
+/// Numbers that one thread adds: what is not worth a second one is one part.
+const ADDED: usize = 1 << 15;
+
 /// Rows that one thread norms.
 const NORM_ROWS: usize = 16;
 
@@ -204,6 +207,19 @@ dispatch! {
 }
 dispatch! {
     fn norm_rows(x: &[f32], weight: &[f32], eps: f32, normed: &mut [f32])
+}
+
+dispatch! {
+    fn add_numbers(sum: &mut [f32], values: &[f32])
+}
+
+/// `sum += values`, number by number; threads share long ones.
+pub fn add(sum: &mut [f32], values: &[f32]) {
+    if sum.len() <= ADDED {
+        return add_numbers(sum, values);
+    }
+    let parts = sum.chunks_mut(ADDED).zip(values.chunks(ADDED)).collect();
+    threads::for_each(parts, |(sum, values)| add_numbers(sum, values));
 }
 
 /// RMSNorm: `weight * x / sqrt(mean(x²) + eps)` of each row `[weight.len()]`.

@@ -9,7 +9,7 @@ use crate::{
     attention::Attention,
     checkpoint::{Checkpoint, Mapped, packed::Shape},
     gate::Gate,
-    kernels::{RmsNorm, gated_beside, packed::Bits, products_beside, silu_mul, threads},
+    kernels::{RmsNorm, add, gated_beside, packed::Bits, products_beside, silu_mul, threads},
     rope::Rotary,
     storage::{Input, Linear},
 };
@@ -79,7 +79,7 @@ impl Layer {
     pub fn attend(&self, hidden: &mut [f32], spans: &[Span<'_>], pages: &mut Pages) {
         let normed = Input::normed(&self.input_layernorm, hidden, Some(self.attention.first()));
         let output = self.attention.apply(&normed, spans, self.id.index(), pages);
-        hidden.iter_mut().zip(output).for_each(|(hidden, output)| *hidden += output);
+        add(hidden, &output);
     }
 
     /// `[rows, hidden]` → `[rows, hidden]`, as the feed-forward takes them.

@@ -20,7 +20,7 @@ pub use config::ModelConfig;
 pub use expert::Experts;
 pub use gate::Assignments;
 pub use kernels::{
-    Isa, add_on_grid, add_weighted, keep_freed, largest,
+    Isa, add, add_on_grid, add_weighted, keep_freed, largest,
     packed::Bits,
     sum_of_exp,
     threads::{self, Threads},

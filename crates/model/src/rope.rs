@@ -65,16 +65,14 @@ impl Rotary {
 impl Angles {
     /// Rotates pairs (0, 1), (2, 3), …: MLA's queries and keys. Written back as halves, as the reference does; a
     /// scalar product does not see it.
-    pub(crate) fn rotate_interleaved(&self, x: &mut [f32]) {
+    /// `room` is any memory.
+    pub(crate) fn rotate_interleaved(&self, x: &mut [f32], room: &mut Vec<f32>) {
         let half = self.0.len();
-        let rotated: Vec<(f32, f32)> = x
-            .chunks_exact(2)
-            .zip(&self.0)
-            .map(|(pair, (cos, sin))| (pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin))
-            .collect();
-        for (at, (a, b)) in rotated.into_iter().enumerate() {
-            x[at] = a;
-            x[at + half] = b;
+        room.clear();
+        room.extend_from_slice(&x[..2 * half]);
+        for (at, (pair, (cos, sin))) in room.as_chunks::<2>().0.iter().zip(&self.0).enumerate() {
+            x[at] = pair[0] * cos - pair[1] * sin;
+            x[at + half] = pair[1] * cos + pair[0] * sin;
         }
     }
 

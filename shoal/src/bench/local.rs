@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use ids::{ExpertId, PageIndex};
 use model::{
-    Backbone, Checkpoint, Experts, FeedForward, Input, Layer, Moe, Pages, Span, Threads, add_weighted,
+    Backbone, Checkpoint, Experts, FeedForward, Input, Layer, Moe, Pages, Span, Threads, add, add_weighted,
     expert::Expert, tune::Wanted,
 };
 
@@ -123,7 +123,7 @@ fn forward(local: &Local, ids: &[u32], spans: &[Span<'_>], pages: &mut Pages) ->
             FeedForward::Dense(mlp) => mlp.apply(&normed),
             FeedForward::Routed(moe) => routed(local, layer, moe, &normed)?,
         };
-        hidden.iter_mut().zip(update).for_each(|(hidden, update)| *hidden += update);
+        add(&mut hidden, &update);
     }
     Ok(hidden)
 }

@@ -19,6 +19,9 @@ use crate::{
 /// Epsilon of the norms inside attention: the reference leaves it at its default, whatever `rms_norm_eps` says.
 const INNER_NORM_EPS: f32 = 1e-6;
 
+/// Rows whose queries one thread rotates.
+const ROTATED_ROWS: usize = 16;
+
 pub(crate) struct Attention {
     query: Query,
     kv_a_proj_with_mqa: Linear,
@@ -152,11 +155,15 @@ impl Attention {
         self.cache(normed, kv, &readers, latents, index_keys);
 
         let (mut q, q_resid) = self.query.finish(compressed); // [rows, heads, nope + rope]
-        for (q, reader) in q.chunks_exact_mut(heads * (nope + rope)).zip(&readers) {
-            for q in q.chunks_exact_mut(nope + rope) {
-                reader.angles.rotate_interleaved(&mut q[nope..]);
+        let parts = q.chunks_mut(ROTATED_ROWS * heads * (nope + rope)).zip(readers.chunks(ROTATED_ROWS));
+        threads::for_each(parts.collect(), |(q, readers): (&mut [f32], &[Reader<'_>])| {
+            let mut room = Vec::new();
+            for (q, reader) in q.chunks_exact_mut(heads * (nope + rope)).zip(readers) {
+                for q in q.chunks_exact_mut(nope + rope) {
+                    reader.angles.rotate_interleaved(&mut q[nope..], &mut room);
+                }
             }
-        }
+        });
         let indexed = self.indexer.as_ref().zip(q_resid);
         let index_queries = indexed.map(|(indexer, q_resid)| indexer.queries(normed, &q_resid, &readers));
         let selected = threads::map(readers.len(), |row| {
@@ -185,11 +192,12 @@ impl Attention {
         let Sizes { latent, rope, .. } = self.sizes;
         add_bias(&mut kv, self.kv_a_bias.as_deref());
         let keys = self.indexer.as_ref().map(|indexer| (indexer.head_dim(), indexer.keys(normed)));
+        let mut room = Vec::new();
         for (row, reader) in readers.iter().enumerate() {
             let kv = &mut kv[row * (latent + rope)..][..latent + rope];
             let normed = self.kv_a_layernorm.apply(&kv[..latent]);
             kv[..latent].copy_from_slice(&normed);
-            reader.angles.rotate_interleaved(&mut kv[latent..]);
+            reader.angles.rotate_interleaved(&mut kv[latent..], &mut room);
             latents.set(reader.pages, reader.position, kv);
             if let Some((width, keys)) = &keys {
                 let mut key = keys[row * width..][..*width].to_vec();

@@ -64,6 +64,13 @@ pub(super) fn add_on_grid(sum: &mut [f32], values: &[f32], weight: f32, step: f3
 }
 
 #[inline(always)]
+pub(super) fn add_numbers(sum: &mut [f32], values: &[f32]) {
+    for (sum, value) in sum.iter_mut().zip(values) {
+        *sum += value;
+    }
+}
+
+#[inline(always)]
 pub(super) fn add_positive(products: &[[f32; LANES]], weights: &[f32], sum: &mut [f32; LANES]) {
     for (products, weight) in products.iter().zip(weights) {
         for (sum, product) in sum.iter_mut().zip(products) {
