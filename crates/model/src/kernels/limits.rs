@@ -97,7 +97,7 @@ mod x86 {
     #[target_feature(enable = "avx2")]
     pub(super) fn read(bytes: &[u8]) -> u64 {
         const NEAR_BYTES: usize = 512;
-        const AHEAD_BYTES: usize = 2048;
+        const AHEAD_BYTES: usize = 4096;
         let mut lanes = [0_u64; 32];
         for line in bytes.as_chunks::<256>().0 {
             for part in line.as_chunks::<64>().0 {

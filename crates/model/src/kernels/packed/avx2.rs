@@ -82,7 +82,7 @@ fn load(bytes: &[u8; 32]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(run: &[u8; 64]) {
-    const AHEAD_BYTES: usize = 2048;
+    const AHEAD_BYTES: usize = 4096;
     _mm_prefetch::<_MM_HINT_T0>(run.as_ptr().wrapping_add(AHEAD_BYTES).cast());
 }
 
