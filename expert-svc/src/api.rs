@@ -78,6 +78,7 @@ impl Expert for Api {
             frames_late: counts.frames_late,
             listen: self.listen.to_string(),
             unix_socket: self.unix_socket.clone().unwrap_or_default(),
+            reads_blocks: shard.reads_blocks(),
         }))
     }
 }

@@ -102,7 +102,7 @@ impl<'f> Sums<'f> {
         }
         let dtype = self.frame.rows.dtype().of_reply();
         let largest = match dtype {
-            Dtype::F32 | Dtype::Int8 => f32::MAX,
+            Dtype::F32 | Dtype::Int8 | Dtype::Int8Blocks => f32::MAX,
             Dtype::Bf16 => bf16::MAX.to_f32(),
         };
         // A NaN does not fit either.

@@ -6,7 +6,11 @@ use std::collections::BTreeMap;
 
 use ids::WeightsHash;
 use model::{Input, expert::Expert};
-use proto::{Code, Error, Frame, frame::Combine, rows::Dtype};
+use proto::{
+    Code, Error, Frame,
+    frame::Combine,
+    rows::{Dtype, Rows},
+};
 
 pub(crate) use held::{Held, Shard, describe};
 
@@ -19,16 +23,23 @@ impl Shard {
     /// Computes each expert of `frame` once over all its rows and combines the results, with what is held at its
     /// beginning. The bits of a row follow from that row, its assignments and the mode alone.
     pub(crate) fn compute(&self, frame: &Frame) -> Result<Combined, Error> {
-        if matches!(frame.combine, Combine::Exact(_)) && frame.rows.dtype() != Dtype::F32 {
+        let dtype = frame.rows.dtype();
+        if matches!(frame.combine, Combine::Exact(_)) && !dtype.is_exact() {
             return Err(Error::invalid(
                 "combine",
-                format!("exact combine needs F32 rows, the frame has {:?} rows", frame.rows.dtype()),
+                format!("exact combine needs F32 rows, the frame has {dtype:?} rows"),
+            ));
+        }
+        if dtype == Dtype::Int8Blocks && !self.reads_blocks() {
+            return Err(Error::invalid(
+                "rows.dtype",
+                "rows.dtype is INT8_BLOCKS, the experts here are not quantized",
             ));
         }
         let held = self.held();
         let groups = group(&frame.assignments);
         let work = work(&held, frame, &groups)?;
-        let rows = Input::from(frame.rows.to_f32()); // [rows, hidden]
+        let rows = input(&frame.rows);
         let mut sums = Sums::new(frame);
         for work in batches(&work) {
             let (groups, experts): (Vec<_>, Vec<_>) = work.iter().copied().unzip();
@@ -38,6 +49,16 @@ impl Shard {
         }
         sums.finish()
     }
+}
+
+/// `[rows, hidden]`
+fn input(rows: &Rows) -> Input<'_> {
+    if rows.dtype() == Dtype::Int8Blocks {
+        return Input::of_blocks(rows.n_rows(), rows.width(), |row, at| {
+            rows.block(row, at).unwrap_or_default()
+        });
+    }
+    Input::from(rows.to_f32())
 }
 
 /// Pairs computed at once: the memory that they take follows.

@@ -1,5 +1,6 @@
-//! Activation rows on the wire: f32, bf16 at half the bytes, or int8 with a scale a row at a quarter. A [`Rows`] always has
-//! exactly `n_rows × width` numbers; the only ways to make one are [`Rows::encode`] and [`Rows::from_wire`].
+//! Activation rows on the wire: f32, bf16 at half the bytes, int8 with a scale a row at a quarter, or int8 as quantized experts
+//! compute with them. A [`Rows`] always has exactly `n_rows × width` numbers; the only ways to make one are [`Rows::encode`],
+//! [`Rows::of_blocks`] and [`Rows::from_wire`].
 
 use bytes::{Bytes, BytesMut};
 use half::bf16;
@@ -16,9 +17,15 @@ pub enum Dtype {
     /// A scale (f32) for each row, then a byte for each number, the nearest multiple of the scale: error at most 1/254 of
     /// the row's largest magnitude.
     Int8,
+    /// The same for each [`BLOCK`] of a row's numbers (the last has what is left). Quantized experts round f32 rows to just
+    /// this, so for them it is exact.
+    Int8Blocks,
 }
 
-/// Bytes of an int8 row's scale.
+/// Numbers with one scale in [`Dtype::Int8Blocks`].
+pub const BLOCK: usize = 32;
+
+/// Bytes of a scale.
 const SCALE_BYTES: usize = 4;
 
 impl Dtype {
@@ -29,7 +36,19 @@ impl Dtype {
             Self::F32 => width.saturating_mul(4),
             Self::Bf16 => width.saturating_mul(2),
             Self::Int8 => width.saturating_add(SCALE_BYTES),
+            Self::Int8Blocks => width.saturating_add(width.div_ceil(BLOCK).saturating_mul(SCALE_BYTES)),
         }
+    }
+
+    /// True if it says all that a server would make of f32 rows.
+    #[must_use]
+    pub const fn is_exact(self) -> bool {
+        matches!(self, Self::F32 | Self::Int8Blocks)
+    }
+
+    /// Numbers of a row of `width` that have one scale, where there are scales.
+    const fn scaled(self, width: usize) -> usize {
+        if matches!(self, Self::Int8Blocks) && width > BLOCK { BLOCK } else { width }
     }
 
     /// How a frame of such rows is answered: sums of several experts' outputs are not rounded as far as what they were made
@@ -37,7 +56,7 @@ impl Dtype {
     #[must_use]
     pub const fn of_reply(self) -> Self {
         match self {
-            Self::F32 => Self::F32,
+            Self::F32 | Self::Int8Blocks => Self::F32,
             Self::Bf16 | Self::Int8 => Self::Bf16,
         }
     }
@@ -78,14 +97,55 @@ impl Rows {
                 }
                 data.freeze()
             }
-            Dtype::Int8 => {
+            Dtype::Int8 | Dtype::Int8Blocks => {
                 let mut data = zeros();
-                let rows = data.chunks_exact_mut(dtype.row_bytes(width));
-                rows.zip(values.chunks_exact(width)).for_each(|(row, values)| encode_int8(row, values));
+                let scaled = dtype.scaled(width);
+                let rows = data.chunks_exact_mut(dtype.row_bytes(width)).zip(values.chunks_exact(width));
+                for (row, values) in rows {
+                    let blocks = row.chunks_mut(SCALE_BYTES + scaled).zip(values.chunks(scaled));
+                    blocks.for_each(|(block, values)| encode_int8(block, values));
+                }
                 data.freeze()
             }
         };
         Self { dtype, n_rows, width, data }
+    }
+
+    /// Rows that are quantized already: `block` gives the scale and the numbers of a row's n-th [`BLOCK`], of which those
+    /// beyond `width` are left out.
+    ///
+    /// # Panics
+    /// If `width` is zero.
+    #[must_use]
+    pub fn of_blocks<'a>(
+        n_rows: usize,
+        width: usize,
+        block: impl Fn(usize, usize) -> (f32, &'a [i8; BLOCK]),
+    ) -> Self {
+        assert!(width > 0, "rows of nothing");
+        let dtype = Dtype::Int8Blocks;
+        let mut data = Vec::with_capacity(n_rows * dtype.row_bytes(width));
+        for row in 0..n_rows {
+            for at in 0..width.div_ceil(BLOCK) {
+                let (scale, numbers) = block(row, at);
+                data.extend_from_slice(&scale.to_le_bytes());
+                data.extend_from_slice(bytemuck::cast_slice(&numbers[..BLOCK.min(width - at * BLOCK)]));
+            }
+        }
+        Self { dtype, n_rows, width, data: data.into() }
+    }
+
+    /// Scale and numbers of a row's n-th [`BLOCK`], the last with what is left; None for another [`Dtype`], and beyond
+    /// the rows.
+    #[must_use]
+    pub fn block(&self, row: usize, at: usize) -> Option<(f32, &[i8])> {
+        if self.dtype != Dtype::Int8Blocks || row >= self.n_rows || at >= self.width.div_ceil(BLOCK) {
+            return None;
+        }
+        let bytes = &self.data[row * self.row_bytes()..][..self.row_bytes()];
+        let (scale, numbers) = bytes[at * (SCALE_BYTES + BLOCK)..].split_first_chunk::<SCALE_BYTES>()?;
+        let numbers = &numbers[..BLOCK.min(self.width - at * BLOCK)];
+        Some((f32::from_le_bytes(*scale), bytemuck::cast_slice(numbers)))
     }
 
     /// Checks that the announced shape and the bytes agree.
@@ -94,6 +154,7 @@ impl Rows {
             v1::Dtype::F32 => Dtype::F32,
             v1::Dtype::Bf16 => Dtype::Bf16,
             v1::Dtype::Int8 => Dtype::Int8,
+            v1::Dtype::Int8Blocks => Dtype::Int8Blocks,
             v1::Dtype::Unspecified => {
                 return Err(Error::invalid("rows.dtype", format!("unknown rows.dtype {}", wire.dtype)));
             }
@@ -119,6 +180,7 @@ impl Rows {
             Dtype::F32 => v1::Dtype::F32,
             Dtype::Bf16 => v1::Dtype::Bf16,
             Dtype::Int8 => v1::Dtype::Int8,
+            Dtype::Int8Blocks => v1::Dtype::Int8Blocks,
         };
         v1::Rows {
             dtype: dtype.into(),
@@ -160,9 +222,9 @@ impl Rows {
         match self.dtype {
             Dtype::F32 => self.data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
             Dtype::Bf16 => self.halves().collect(),
-            Dtype::Int8 => {
+            Dtype::Int8 | Dtype::Int8Blocks => {
                 let mut values = Vec::with_capacity(self.n_rows * self.width);
-                for (scale, numbers) in self.int8_rows() {
+                for (scale, numbers) in self.scaled() {
                     values.extend(numbers.iter().map(|number| f32::from(*number as i8) * scale));
                 }
                 values
@@ -176,10 +238,12 @@ impl Rows {
         bits.map(|bits| f32::from_bits(bits << 16))
     }
 
-    /// Scale and numbers of each row.
-    fn int8_rows(&self) -> impl Iterator<Item = (f32, &[u8])> + '_ {
-        self.data.chunks_exact(self.row_bytes()).filter_map(|row| {
-            let (scale, numbers) = row.split_first_chunk::<SCALE_BYTES>()?;
+    /// Scales, each with the numbers that it is of, row after row.
+    fn scaled(&self) -> impl Iterator<Item = (f32, &[u8])> + '_ {
+        let block_bytes = SCALE_BYTES + self.dtype.scaled(self.width);
+        let blocks = self.data.chunks_exact(self.row_bytes()).flat_map(move |row| row.chunks(block_bytes));
+        blocks.filter_map(|block| {
+            let (scale, numbers) = block.split_first_chunk::<SCALE_BYTES>()?;
             Some((f32::from_le_bytes(*scale), numbers))
         })
     }
@@ -194,7 +258,7 @@ impl Rows {
                 values.fold(true, all)
             }
             Dtype::Bf16 => self.halves().fold(true, all),
-            Dtype::Int8 => return self.check_int8(),
+            Dtype::Int8 | Dtype::Int8Blocks => return self.check_int8(),
         };
         if finite {
             return Ok(());
@@ -209,16 +273,25 @@ impl Rows {
 
     /// Scales that are finite times 127, the largest number that there may be.
     fn check_int8(&self) -> Result<(), Error> {
-        for (row, (scale, numbers)) in self.int8_rows().enumerate() {
+        let scaled = self.dtype.scaled(self.width);
+        let per_row = self.width.div_ceil(scaled);
+        for (at, (scale, numbers)) in self.scaled().enumerate() {
+            let (row, first) = (at / per_row, at % per_row * scaled);
             if !(scale * 127.0).is_finite() {
+                let whose = if first == 0 {
+                    "its scale".to_owned()
+                } else {
+                    format!("its scale from column {first}")
+                };
                 return Err(not_finite(format!(
-                    "rows.data is not finite at row {row}: its scale is {scale:e}"
+                    "rows.data is not finite at row {row}: {whose} is {scale:e}"
                 )));
             }
             // All of them first, which is faster than looking for one.
             if numbers.iter().fold(false, |any, number| any | (*number == 0x80))
                 && let Some(column) = numbers.iter().position(|number| *number == 0x80)
             {
+                let column = first + column;
                 let message = format!("rows.data has -128 at row {row}, column {column}: -127 is the least");
                 return Err(Error::invalid("rows.data", message));
             }
@@ -249,11 +322,11 @@ fn not_finite(message: String) -> Error {
     Error::new(crate::Code::InvalidArgument, "not_finite", message).with_param("rows.data")
 }
 
-/// Scale and numbers of one row. Maximum and rounding are on integers, which compilers make vectors of: magnitudes are
+/// A scale and its numbers. Maximum and rounding are on integers, which compilers make vectors of: magnitudes are
 /// ordered as their bits are, and a number that is added to 1.5 × 2²³ is rounded there, ties to even.
-fn encode_int8(row: &mut [u8], values: &[f32]) {
+fn encode_int8(block: &mut [u8], values: &[f32]) {
     const ROUNDER: f32 = 12_582_912.0;
-    let Some((scale, numbers)) = row.split_first_chunk_mut::<SCALE_BYTES>() else { return };
+    let Some((scale, numbers)) = block.split_first_chunk_mut::<SCALE_BYTES>() else { return };
     let largest =
         f32::from_bits(values.iter().fold(0, |largest, value| u32::max(largest, value.abs().to_bits())));
     if !largest.is_finite() {
@@ -319,6 +392,29 @@ mod tests {
             "rows.data is not finite at row 3: its scale is NaN"
         );
         assert_eq!(Rows::from_wire(rows.clone().into_wire()).unwrap(), rows);
+    }
+
+    #[test]
+    fn each_block_has_a_scale_and_the_last_what_is_left() {
+        let values: Vec<f32> = (0..2 * 40).map(|at| if at % 40 < 32 { 1.0 } else { 254.0 }).collect();
+        let rows = Rows::encode(Dtype::Int8Blocks, 40, values.clone());
+        assert_eq!((rows.n_bytes(), rows.row_bytes()), (2 * 48, 48));
+        assert_eq!(rows.to_f32(), values);
+        assert_eq!(rows.block(1, 1), Some((2.0, &[127; 8][..])));
+        assert_eq!([rows.block(1, 2), rows.block(2, 0)], [None; 2]);
+        let whole = [[127; BLOCK], [127; BLOCK]];
+        let scales = [1.0 / 127.0, 2.0];
+        assert_eq!(Rows::of_blocks(2, 40, |_, at| (scales[at], &whole[at])), rows);
+        let mut wire = rows.into_wire();
+        let mut data = wire.data.to_vec();
+        data[48 + 36..][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+        wire.data = data.clone().into();
+        let error = Rows::from_wire(wire.clone()).unwrap().check_finite().unwrap_err();
+        assert_eq!(error.message, "rows.data is not finite at row 1: its scale from column 32 is inf");
+        data[48 + 36..][..5].copy_from_slice(&[0, 0, 0, 0, 0x80]);
+        wire.data = data.into();
+        let error = Rows::from_wire(wire).unwrap().check_finite().unwrap_err();
+        assert_eq!(error.message, "rows.data has -128 at row 1, column 32: -127 is the least");
     }
 
     #[test]

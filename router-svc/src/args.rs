@@ -21,9 +21,10 @@ pub enum Combine {
 /// How activations travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Wire {
+    /// Exact; to quantized experts as the int8 blocks that they make of f32
     F32,
     Bf16,
-    /// With a scale a row; back come bf16 rows.
+    /// With a scale a row; back come bf16 rows
     Int8,
 }
 

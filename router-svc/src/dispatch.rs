@@ -80,6 +80,8 @@ pub(crate) struct Part {
     pub(crate) weights: WeightsHash,
     /// Ascending, so that a row's pairs lie together.
     pub(crate) slots: Vec<Slot>,
+    /// How its rows travel.
+    pub(crate) dtype: Dtype,
 }
 
 /// What a plan goes by: who holds what, how well each answers, and a number that is another one every time.
@@ -175,7 +177,10 @@ fn part(activations: &Activations, holder: &InstanceId, slots: Vec<Slot>, table:
         .iter()
         .filter_map(|&expert| holding?.holds.get(&(activations.layer, expert)).copied())
         .fold(WeightsHash::default(), WeightsHash::and);
-    Part { holder: holder.clone(), epoch: holding.map_or(Epoch(0), |holder| holder.epoch), weights, slots }
+    let epoch = holding.map_or(Epoch(0), |holder| holder.epoch);
+    let in_blocks = activations.dtype == Dtype::F32 && holding.is_some_and(|holder| holder.reads_blocks);
+    let dtype = if in_blocks { Dtype::Int8Blocks } else { activations.dtype };
+    Part { holder: holder.clone(), epoch, weights, slots, dtype }
 }
 
 /// Cuts between rows, so that neither the rows of a frame nor a reply with one row per pair is too large a message.
@@ -201,18 +206,18 @@ fn cut(activations: &Activations, slots: Vec<Slot>) -> impl Iterator<Item = Vec<
 }
 
 /// The rows and assignments of a part in wire form, and the batch row of each frame row.
-pub(crate) fn pack(activations: &Activations, slots: &[Slot]) -> (Rows, Vec<Assignment>, Vec<usize>) {
+pub(crate) fn pack(
+    activations: &Activations,
+    slots: &[Slot],
+    dtype: Dtype,
+) -> (Rows, Vec<Assignment>, Vec<usize>) {
     let top_k = activations.top_k();
     let mut frame_rows: Vec<usize> = Vec::new();
-    // The numbers are sent from where they are collected: what is too much would stay until then.
-    let n_rows = slots.chunk_by(|a, b| a.row(top_k) == b.row(top_k)).count();
-    let mut values = Vec::with_capacity(n_rows * activations.hidden_size);
     let mut assignments = Vec::with_capacity(slots.len());
     for &slot in slots {
         let row = slot.row(top_k);
         if frame_rows.last() != Some(&row) {
             frame_rows.push(row);
-            values.extend_from_slice(activations.row(row));
         }
         assignments.push(Assignment {
             row: RowIndex(frame_rows.len() as u32 - 1),
@@ -220,7 +225,20 @@ pub(crate) fn pack(activations: &Activations, slots: &[Slot]) -> (Rows, Vec<Assi
             weight: activations.assignments.weights[slot.0],
         });
     }
-    (Rows::encode(activations.dtype, activations.hidden_size, values), assignments, frame_rows)
+    (encode(activations, &frame_rows, dtype), assignments, frame_rows)
+}
+
+fn encode(activations: &Activations, rows: &[usize], dtype: Dtype) -> Rows {
+    let width = activations.hidden_size;
+    if dtype == Dtype::Int8Blocks {
+        // The shared experts are computed from the same.
+        let blocks = activations.normed.blocks(width);
+        return Rows::of_blocks(rows.len(), width, |row, at| blocks.block(rows[row], at));
+    }
+    // The numbers are sent from where they are collected: what is too much would stay until then.
+    let mut values = Vec::with_capacity(rows.len() * width);
+    rows.iter().for_each(|&row| values.extend_from_slice(activations.row(row)));
+    Rows::encode(dtype, width, values)
 }
 
 #[cfg(test)]
@@ -247,6 +265,7 @@ pub(crate) mod tests {
             epoch: Epoch(epoch),
             holds: experts.iter().map(held).collect(),
             draining: false,
+            reads_blocks: false,
         }
     }
 
@@ -290,6 +309,7 @@ pub(crate) mod tests {
                 epoch: Epoch(7),
                 weights: WeightsHash(weights),
                 slots: slots(list),
+                dtype: Dtype::F32,
             })
             .collect();
         assert_eq!((parts, lost), (expected, slots(orphans)));
@@ -341,11 +361,31 @@ pub(crate) mod tests {
     #[test]
     fn a_part_packs_each_row_once() {
         let activations = activations(&[0, 3, 1, 0, 2, 3]);
-        let (rows, assignments, frame_rows) = pack(&activations, &[Slot(0), Slot(2), Slot(3)]);
+        let (rows, assignments, frame_rows) = pack(&activations, &[Slot(0), Slot(2), Slot(3)], Dtype::F32);
         assert_eq!(rows.to_f32(), [0.0, 1.0, 2.0, 3.0]);
         assert_eq!(frame_rows, [0, 1]);
         let weights: Vec<_> = assignments.iter().map(|a| (a.row.0, a.expert.0, a.weight)).collect();
         assert_eq!(weights, [(0, 0, 0.5), (1, 1, 2.5), (1, 0, 3.5)]);
+    }
+
+    #[test]
+    fn quantized_experts_get_what_they_compute_with() {
+        let mut activations = activations(&[0, 1, 0, 1]);
+        let mut members = Members::default();
+        members.join(holder("stored", &[0], 7)).unwrap();
+        let table = members.join(Holder { reads_blocks: true, ..holder("quantized", &[1], 7) }).unwrap();
+        let dtypes = |activations: &Activations| {
+            ["quantized", "stored"].map(|holder| {
+                let slots = [Slot(usize::from(holder == "quantized"))];
+                plan_for(activations, &holder.into(), &slots, &table).map(|part| part.dtype)
+            })
+        };
+        assert_eq!(dtypes(&activations), [Dtype::Int8Blocks, Dtype::F32].map(Some));
+        let (rows, ..) = pack(&activations, &[Slot(1), Slot(3)], Dtype::Int8Blocks);
+        assert_eq!(rows, Rows::encode(Dtype::Int8Blocks, 2, [0.0, 1.0, 2.0, 3.0]));
+        // What was asked for is what it gets.
+        activations.dtype = Dtype::Bf16;
+        assert_eq!(dtypes(&activations), [Dtype::Bf16; 2].map(Some));
     }
 
     #[test]

@@ -181,9 +181,9 @@ impl Flight {
         around: &mut Surroundings<'_>,
         orders: &mut Vec<Order>,
     ) -> PieceIdx {
-        let Part { holder, epoch, weights, slots } = part;
+        let Part { holder, epoch, weights, slots, dtype } = part;
         let frame_id = around.ids.next();
-        let (rows, assignments, frame_rows) = pack(&self.activations, &slots);
+        let (rows, assignments, frame_rows) = pack(&self.activations, &slots, dtype);
         let attempt = Attempt {
             frame_id,
             span_id: around.ids.span_of(frame_id),

@@ -446,6 +446,7 @@ impl Identity {
             epoch: Epoch(status.epoch),
             holds,
             draining: status.state == "draining",
+            reads_blocks: status.reads_blocks,
         })
     }
 }

@@ -30,6 +30,8 @@ impl Etcd {
         let data = tempfile::Builder::new().prefix("shoal-etcd-").tempdir()?;
         let (client_url, peer_url) = (format!("http://{address}"), format!("http://{peer}"));
         let mut child = Command::new("sh")
+            // Ctrl-C reaches whoever ends it after all that need it.
+            .process_group(0)
             .args(["-c", KEEPER, "sh", "etcd", "--data-dir"])
             .arg(data.path())
             .args(["--listen-client-urls", &client_url, "--advertise-client-urls", &client_url])

@@ -17,6 +17,8 @@ pub struct Holder {
     pub holds: BTreeMap<(LayerId, ExpertId), WeightsHash>,
     /// It will leave: used only for what nobody else holds.
     pub draining: bool,
+    /// Its experts compute with rows in int8 blocks: more precise ones would be rounded to these there.
+    pub reads_blocks: bool,
 }
 
 impl Holder {
@@ -217,6 +219,7 @@ mod tests {
             epoch: Epoch(1),
             holds: experts.iter().map(held).collect(),
             draining: false,
+            reads_blocks: false,
         }
     }
 

@@ -27,7 +27,7 @@ pub use kernels::{
 };
 pub use layer::{FeedForward, Layer, Mlp, Moe};
 pub use pages::{Pages, Span};
-pub use storage::Input;
+pub use storage::{Blocks, Input};
 
 /// What is wrong with a checkpoint: names the file, the field or the tensor.
 #[derive(Debug, thiserror::Error)]

@@ -80,6 +80,23 @@ impl<'a> Input<'a> {
         Self { rows: Cow::Borrowed(&[]), quantized: OnceLock::from(rows) }
     }
 
+    /// Rows `[rows, width]` for packed matrices alone, quantized elsewhere: `block` gives the scale and the numbers of a
+    /// row's n-th 32, the last with what is left.
+    #[must_use]
+    pub fn of_blocks<'b>(
+        n_rows: usize,
+        width: usize,
+        block: impl Fn(usize, usize) -> (f32, &'b [i8]) + Sync,
+    ) -> Self {
+        Self::of_quantized(packed::Rows::of_blocks(n_rows, width, block))
+    }
+
+    /// What packed matrices are multiplied with: of rows of `width` numbers.
+    #[must_use]
+    pub fn blocks(&self, width: usize) -> Blocks<'_> {
+        Blocks(self.quantized(width))
+    }
+
     /// `x` normed for `matrix`, in one pass with what that takes.
     pub(crate) fn normed(norm: &RmsNorm, x: &[f32], matrix: Option<&Linear>) -> Self {
         if matrix.is_some_and(Linear::is_packed) {
@@ -110,6 +127,21 @@ impl<'a> Input<'a> {
 
     fn quantized(&self, width: usize) -> &packed::Rows {
         self.quantized.get_or_init(|| packed::Rows::quantize(&self.rows, width))
+    }
+}
+
+/// Rows in int8, each 32 numbers with a scale.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks<'a>(&'a packed::Rows);
+
+impl<'a> Blocks<'a> {
+    /// The scale and the numbers of a row's n-th block; what is missing of the last is zeros.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn block(self, row: usize, at: usize) -> (f32, &'a [i8; packed::BLOCK]) {
+        self.0.block(row, at)
     }
 }
 

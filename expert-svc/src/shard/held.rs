@@ -108,6 +108,11 @@ impl Shard {
         self.memory_bytes_max
     }
 
+    /// True if its experts are quantized: f32 rows become int8 blocks before they meet them.
+    pub(crate) const fn reads_blocks(&self) -> bool {
+        self.checkpoint.weights().of_experts().is_some()
+    }
+
     pub(crate) fn hidden_size(&self) -> usize {
         self.checkpoint.config().hidden_size
     }

@@ -94,6 +94,38 @@ async fn a_rows_bits_follow_from_the_row_alone() {
     }
 }
 
+/// The router's blocks are what the server would have made of its f32 rows.
+#[tokio::test]
+async fn quantized_experts_make_the_same_of_blocks_and_of_f32_rows() {
+    // The last block of a row is not whole.
+    const WIDTH: usize = 80;
+    let model = Model::random(WIDTH, 16).write();
+    let (dir, cache) = (model.dir.path(), tempfile::tempdir().unwrap());
+    let in_blocks = |frame: &proto::Frame| proto::Frame {
+        rows: Rows::encode(Dtype::Int8Blocks, WIDTH, frame.rows.to_f32()),
+        ..frame.clone()
+    };
+    for weights in ["q8", "q4-experts"] {
+        let cache_dir = cache.path().to_str().unwrap();
+        let server = Server::start(dir, &["--weights", weights, "--cache-dir", cache_dir]).await;
+        assert!(server.status().await.reads_blocks);
+        let mut router = server.router().await;
+        for (n_rows, combine) in
+            [(1, exact()), (33, exact()), (33, Combine::Fast), (3, Combine::Pairs), (5, Combine::Fast)]
+        {
+            let frame = proto::Frame { combine, ..frame(WIDTH, n_rows, &[1, 7, 2, 5]) };
+            let expected = router.ask(frame.clone()).await.unwrap().rows;
+            let rows = router.ask(in_blocks(&frame)).await.unwrap().rows;
+            assert_eq!(rows.dtype(), Dtype::F32);
+            assert_eq!(bits(&rows.to_f32()), bits(&expected.to_f32()), "{weights} {n_rows} rows {combine:?}");
+        }
+    }
+    let stored = Server::start(dir, &[]).await;
+    assert!(!stored.status().await.reads_blocks);
+    let error = stored.router().await.ask(in_blocks(&frame(WIDTH, 1, &[1]))).await.unwrap_err();
+    assert_eq!(error.message, "rows.dtype is INT8_BLOCKS, the experts here are not quantized");
+}
+
 #[tokio::test]
 async fn exact_sums_do_not_depend_on_the_placement() {
     let (model, whole) = model_and_server(&[]).await;

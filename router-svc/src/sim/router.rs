@@ -98,6 +98,7 @@ impl World {
             epoch: state.epoch,
             holds: state.holds.iter().map(|(layer, expert)| ((layer, expert), weights(expert))).collect(),
             draining: false,
+            reads_blocks: false,
         };
         self.router.server_of.insert(holder.instance.clone(), server);
         match self.router.members.join(holder) {

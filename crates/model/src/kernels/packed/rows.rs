@@ -84,6 +84,9 @@ pub(super) struct Row<'a> {
     row: usize,
 }
 
+/// The first of some rows, and where their numbers, scales, biases and widened numbers go.
+type Places<'a> = (usize, &'a mut [[i8; BLOCK]], &'a mut [f32], &'a mut [Biases], &'a mut [WideBlock]);
+
 /// Some rows while they are quantized.
 pub(super) struct Part<'a> {
     x: &'a [f32],
@@ -143,6 +146,62 @@ impl Rows {
             .collect();
         threads::for_each(parts, |part| quantize_with(isa, part));
         rows
+    }
+
+    /// Rows that were quantized before: `block` gives the scale and the numbers of a row's n-th [`BLOCK`], the last with
+    /// what is left.
+    pub(crate) fn of_blocks<'a>(
+        n_rows: usize,
+        width: usize,
+        block: impl Fn(usize, usize) -> (f32, &'a [i8]) + Sync,
+    ) -> Self {
+        Self::of_blocks_for(Isa::detect(), n_rows, width, block)
+    }
+
+    pub(super) fn of_blocks_for<'a>(
+        isa: Isa,
+        n_rows: usize,
+        width: usize,
+        block: impl Fn(usize, usize) -> (f32, &'a [i8]) + Sync,
+    ) -> Self {
+        let mut rows = Self::zeros(isa, n_rows, width);
+        let Self { n_places, group, blocks, .. } = rows;
+        let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
+        let parts = rows
+            .numbers
+            .chunks_mut(ROWS_PART * blocks)
+            .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
+            .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
+            .enumerate()
+            .map(|(part, ((numbers, scales), biases))| {
+                (part * ROWS_PART, numbers, scales, biases, wide.next().unwrap_or(&mut []))
+            });
+        let parts: Vec<_> = parts.collect();
+        let fill = |(first, numbers, scales, biases, wide): Places<'_>| {
+            for row in 0..ROWS_PART.min(n_rows.saturating_sub(first)) {
+                let in_group = row & (group - 1);
+                let of_group = row - in_group;
+                let n_in_group = group.min(n_places - first - of_group);
+                for of_row in 0..width.div_ceil(BLOCK) {
+                    let at = of_group * blocks + of_row * n_in_group + in_group;
+                    let (scale, given) = block(first + row, of_row);
+                    numbers[at][..given.len()].copy_from_slice(given);
+                    scales[at] = scale;
+                    biases[at] = biases_of(numbers[at].iter().map(|&number| i32::from(number)).sum());
+                    if !wide.is_empty() {
+                        widen(&numbers[at], row, &mut wide[row / WIDE_ROWS * blocks + of_row]);
+                    }
+                }
+            }
+        };
+        threads::share(n_rows * width, || threads::for_each(parts, fill));
+        rows
+    }
+
+    /// The scale and the numbers of a row's n-th block.
+    pub(crate) fn block(&self, row: usize, at: usize) -> (f32, &[i8; BLOCK]) {
+        let row = self.row(row);
+        (row.scale(at), row.numbers(at))
     }
 
     /// Some of the rows, one below the other.

@@ -238,6 +238,27 @@ proptest! {
     }
 
     #[test]
+    fn rows_quantized_elsewhere_are_as_if_quantized_here(
+        (width, x) in (1_usize..100, 1_usize..40).prop_flat_map(|(width, rows)| {
+            (Just(width), proptest::collection::vec(-2.0_f32..2.0, rows * width))
+        }),
+    ) {
+        let elsewhere = Rows::quantize_for(Isa::Baseline, &x, width);
+        let block = |row, at| {
+            let (scale, numbers): (f32, &[i8; BLOCK]) = elsewhere.block(row, at);
+            (scale, &numbers[..BLOCK.min(width - at * BLOCK)])
+        };
+        for isa in Isa::all() {
+            let rows = Rows::of_blocks_for(isa, x.len() / width, width, block);
+            let wanted = Rows::quantize_for(isa, &x, width);
+            prop_assert_eq!(&rows.numbers, &wanted.numbers);
+            prop_assert_eq!(of(&rows.scales), of(&wanted.scales));
+            prop_assert_eq!(&rows.biases, &wanted.biases);
+            prop_assert_eq!(&rows.wide, &wanted.wide);
+        }
+    }
+
+    #[test]
     fn blocks_are_quantized_the_same_everywhere(
         mut x in proptest::array::uniform32(-3.0_f32..3.0), power in -150_i32..127, odd in proptest::num::f32::ANY,
         at in 0_usize..64,
