@@ -188,7 +188,7 @@ fn live_rows(activations: &Activations, step: &Step<'_>, fates: &mut [Fate]) -> 
         if !matches!(fate, Fate::Done) {
             continue;
         }
-        if span.rows.clone().any(|row| activations.row(row).iter().any(|value| !value.is_finite())) {
+        if span.rows.clone().any(|row| !model::within(activations.row(row), f32::MAX)) {
             *fate = Fate::NotFinite { layer: activations.layer };
         } else {
             rows.extend(span.rows.clone());

@@ -262,6 +262,10 @@ dispatch! {
     pub fn largest(values: &[f32]) -> f32
 }
 dispatch! {
+    /// True if no magnitude is above `max`; what is no number is.
+    pub fn within(values: &[f32], max: f32) -> bool
+}
+dispatch! {
     /// Σ e^(scale · (value − shift)) within 1e-6 of it, the same on every machine. No term is less than e^-87.
     pub fn sum_of_exp(values: &[f32], shift: f32, scale: f32) -> f64
 }

@@ -24,6 +24,7 @@ pub use kernels::{
     packed::Bits,
     sum_of_exp,
     threads::{self, Threads},
+    within,
 };
 pub use layer::{FeedForward, Layer, Mlp, Moe};
 pub use pages::{Pages, Span};

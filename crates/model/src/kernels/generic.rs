@@ -117,6 +117,20 @@ pub(super) fn largest(values: &[f32]) -> f32 {
     lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
+/// True if no magnitude is above `max`; what is no number is.
+#[inline(always)]
+pub(super) fn within(values: &[f32], max: f32) -> bool {
+    // All of them, which is faster than stopping at the first.
+    let mut lanes = [1_u32; LANES];
+    let (whole, rest) = values.as_chunks::<LANES>();
+    for values in whole {
+        for (within, value) in lanes.iter_mut().zip(values) {
+            *within &= u32::from(value.abs() <= max);
+        }
+    }
+    lanes == [1; LANES] && rest.iter().all(|value| value.abs() <= max)
+}
+
 /// Σ e^(scale · (value − shift)). A part's terms are added as f32: that is exact to some of its last places.
 #[inline(always)]
 pub(super) fn sum_of_exp(values: &[f32], shift: f32, scale: f32) -> f64 {

@@ -53,6 +53,22 @@ proptest! {
 }
 
 #[test]
+fn what_is_within_a_bound_is_all_of_it() {
+    assert!(within(&[], 1.0));
+    for len in [1, 15, 16, 17, 64, 100] {
+        let values = vec![-1.5; len];
+        assert!(within(&values, 1.5) && !within(&values, 1.0));
+        for (at, odd) in (0..len).zip([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -2.0].into_iter().cycle())
+        {
+            let mut values = values.clone();
+            values[at] = odd;
+            assert!(!within(&values, 1.5), "{odd} at {at} of {len}");
+        }
+    }
+    assert!(within(&[f32::MAX, -f32::MAX], f32::MAX) && !within(&[0.0, f32::INFINITY], f32::MAX));
+}
+
+#[test]
 fn what_is_no_number_is_not_the_largest() {
     assert_eq!(largest(&[]), f32::NEG_INFINITY);
     for at in [0, 3, 16, 40] {
