@@ -27,6 +27,7 @@ pub const BLOCK: usize = 32;
 
 /// Bytes of a scale.
 const SCALE_BYTES: usize = 4;
+const BLOCK_BYTES: usize = SCALE_BYTES + BLOCK;
 
 impl Dtype {
     /// Bytes of a row of `width` numbers.
@@ -124,12 +125,15 @@ impl Rows {
     ) -> Self {
         assert!(width > 0, "rows of nothing");
         let dtype = Dtype::Int8Blocks;
-        let mut data = Vec::with_capacity(n_rows * dtype.row_bytes(width));
-        for row in 0..n_rows {
-            for at in 0..width.div_ceil(BLOCK) {
-                let (scale, numbers) = block(row, at);
-                data.extend_from_slice(&scale.to_le_bytes());
-                data.extend_from_slice(bytemuck::cast_slice(&numbers[..BLOCK.min(width - at * BLOCK)]));
+        let mut data = vec![0; n_rows * dtype.row_bytes(width)];
+        for (row, bytes) in data.chunks_exact_mut(dtype.row_bytes(width)).enumerate() {
+            // Whole ones are copied as such, which is no call.
+            let (whole, rest) = bytes.as_chunks_mut::<BLOCK_BYTES>();
+            for (at, bytes) in whole.iter_mut().enumerate() {
+                *bytes = block_bytes(block(row, at));
+            }
+            if !rest.is_empty() {
+                rest.copy_from_slice(&block_bytes(block(row, whole.len()))[..rest.len()]);
             }
         }
         Self { dtype, n_rows, width, data: data.into() }
@@ -143,7 +147,7 @@ impl Rows {
             return None;
         }
         let bytes = &self.data[row * self.row_bytes()..][..self.row_bytes()];
-        let (scale, numbers) = bytes[at * (SCALE_BYTES + BLOCK)..].split_first_chunk::<SCALE_BYTES>()?;
+        let (scale, numbers) = bytes[at * BLOCK_BYTES..].split_first_chunk::<SCALE_BYTES>()?;
         let numbers = &numbers[..BLOCK.min(self.width - at * BLOCK)];
         Some((f32::from_le_bytes(*scale), bytemuck::cast_slice(numbers)))
     }
@@ -298,6 +302,14 @@ impl Rows {
         }
         Ok(())
     }
+}
+
+fn block_bytes((scale, numbers): (f32, &[i8; BLOCK])) -> [u8; BLOCK_BYTES] {
+    let mut bytes = [0; BLOCK_BYTES];
+    let (scale_bytes, number_bytes) = bytes.split_at_mut(SCALE_BYTES);
+    scale_bytes.copy_from_slice(&scale.to_le_bytes());
+    number_bytes.copy_from_slice(&bytemuck::cast::<[i8; BLOCK], [u8; BLOCK]>(*numbers));
+    bytes
 }
 
 /// Numbers whose memory is what they are on the wire.

@@ -11,11 +11,9 @@ use super::{avx2, avx512};
 pub(super) const GROUP: usize = 8;
 /// The same where AMX multiplies more than a group of rows.
 pub(super) const TILE_ROWS: usize = 16;
-/// Rows that are quantized by one thread.
-const ROWS_PART: usize = 2 * GROUP;
 // None of these is cut.
-const _: () = assert!(ROWS_PART.is_multiple_of(TILE_ROWS) && ROWS_PASS.is_multiple_of(TILE_ROWS));
-const _: () = assert!(ROWS_PART.is_multiple_of(WIDE_ROWS));
+const _: () = assert!(ROWS_PASS.is_multiple_of(TILE_ROWS) && TILE_ROWS.is_multiple_of(GROUP));
+const _: () = assert!(GROUP.is_multiple_of(WIDE_ROWS));
 /// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
 pub(super) const WIDE_FROM: usize = 4;
 /// Rows that it multiplies at once.
@@ -118,7 +116,8 @@ impl Rows {
     pub(super) fn norm_quantize_for(isa: Isa, norm: &RmsNorm, x: &[f32]) -> (Vec<f32>, Self) {
         let width = norm.weight.len();
         let mut normed = vec![0.0; x.len()];
-        let mut parts = normed.chunks_mut(ROWS_PART * width).map(|normed| Some((norm, normed)));
+        let group = group_rows(isa, x.len() / width);
+        let mut parts = normed.chunks_mut(group * width).map(|normed| Some((norm, normed)));
         let rows = Self::quantize_parts(isa, x, width, &mut parts);
         (normed, rows)
     }
@@ -131,12 +130,13 @@ impl Rows {
     ) -> Self {
         let mut rows = Self::zeros(isa, x.len() / width, width);
         let (blocks, group) = (rows.blocks, rows.group);
-        let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
+        let mut wide = rows.wide.chunks_mut(group / WIDE_ROWS * blocks);
+        // A group a task: 16 rows are worth two threads.
         let parts = x
-            .chunks(ROWS_PART * width)
-            .zip(rows.numbers.chunks_mut(ROWS_PART * blocks))
-            .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
-            .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
+            .chunks(group * width)
+            .zip(rows.numbers.chunks_mut(group * blocks))
+            .zip(rows.scales.chunks_mut(group * blocks))
+            .zip(rows.biases.chunks_mut(group * blocks))
             .zip(norms)
             .map(|((((x, numbers), scales), biases), norm)| {
                 // There are none where no kernel reads them.
@@ -144,7 +144,7 @@ impl Rows {
                 Part { x, norm, width, group, numbers, scales, biases, wide }
             })
             .collect();
-        threads::for_each(parts, |part| quantize_with(isa, part));
+        threads::share(x.len(), || threads::for_each(parts, |part| quantize_with(isa, part)));
         rows
     }
 
@@ -166,26 +166,28 @@ impl Rows {
     ) -> Self {
         let mut rows = Self::zeros(isa, n_rows, width);
         let Self { n_places, group, blocks, .. } = rows;
-        let mut wide = rows.wide.chunks_mut(ROWS_PART / WIDE_ROWS * blocks);
+        let mut wide = rows.wide.chunks_mut(group / WIDE_ROWS * blocks);
         let parts = rows
             .numbers
-            .chunks_mut(ROWS_PART * blocks)
-            .zip(rows.scales.chunks_mut(ROWS_PART * blocks))
-            .zip(rows.biases.chunks_mut(ROWS_PART * blocks))
+            .chunks_mut(group * blocks)
+            .zip(rows.scales.chunks_mut(group * blocks))
+            .zip(rows.biases.chunks_mut(group * blocks))
             .enumerate()
-            .map(|(part, ((numbers, scales), biases))| {
-                (part * ROWS_PART, numbers, scales, biases, wide.next().unwrap_or(&mut []))
+            .map(|(at, ((numbers, scales), biases))| {
+                (at * group, numbers, scales, biases, wide.next().unwrap_or(&mut []))
             });
         let parts: Vec<_> = parts.collect();
         let fill = |(first, numbers, scales, biases, wide): Places<'_>| {
-            for row in 0..ROWS_PART.min(n_rows.saturating_sub(first)) {
-                let in_group = row & (group - 1);
-                let of_group = row - in_group;
-                let n_in_group = group.min(n_places - first - of_group);
+            let n_in_group = group.min(n_places - first);
+            for row in 0..n_in_group.min(n_rows - first) {
                 for of_row in 0..width.div_ceil(BLOCK) {
-                    let at = of_group * blocks + of_row * n_in_group + in_group;
+                    let at = of_row * n_in_group + row;
                     let (scale, given) = block(first + row, of_row);
-                    numbers[at][..given.len()].copy_from_slice(given);
+                    match given.as_array() {
+                        // Without a call.
+                        Some(given) => numbers[at] = *given,
+                        None => numbers[at][..given.len()].copy_from_slice(given),
+                    }
                     scales[at] = scale;
                     biases[at] = biases_of(numbers[at].iter().map(|&number| i32::from(number)).sum());
                     if !wide.is_empty() {
@@ -225,9 +227,8 @@ impl Rows {
 
     pub(super) fn zeros(isa: Isa, n_rows: usize, width: usize) -> Self {
         let blocks = blocks(width);
-        let is_tiled = isa.has_tiles() && n_rows > GROUP;
-        let group = if is_tiled { TILE_ROWS } else { GROUP };
-        let n_places = if is_tiled { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
+        let group = group_rows(isa, n_rows);
+        let n_places = if group == TILE_ROWS { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
         let n = n_places * blocks;
         let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
         Self {
@@ -277,6 +278,11 @@ impl<'a> Row<'a> {
     pub(super) fn biases(self, block: usize) -> Biases {
         self.group.biases[block * self.group.n_rows + self.row]
     }
+}
+
+/// Of so many rows, those that lie together.
+const fn group_rows(isa: Isa, n_rows: usize) -> usize {
+    if isa.has_tiles() && n_rows > GROUP { TILE_ROWS } else { GROUP }
 }
 
 fn quantize_with(isa: Isa, part: Part<'_>) {
