@@ -27,18 +27,18 @@ impl Shard {
         if matches!(frame.combine, Combine::Exact(_)) && !dtype.is_exact() {
             return Err(Error::invalid(
                 "combine",
-                format!("exact combine needs F32 rows, the frame has {dtype:?} rows"),
+                format!("exact combine needs F32 rows or blocks, the frame has {dtype:?} rows"),
             ));
         }
+        let held = self.held();
+        let groups = group(&frame.assignments);
+        let work = work(&held, frame, &groups)?;
         if dtype == Dtype::Int8Blocks && !self.reads_blocks() {
             return Err(Error::invalid(
                 "rows.dtype",
                 "rows.dtype is INT8_BLOCKS, the experts here are not quantized",
             ));
         }
-        let held = self.held();
-        let groups = group(&frame.assignments);
-        let work = work(&held, frame, &groups)?;
         let rows = input(&frame.rows);
         let mut sums = Sums::new(frame);
         for work in batches(&work) {

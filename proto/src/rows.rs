@@ -275,13 +275,18 @@ impl Rows {
         )))
     }
 
-    /// Scales that are finite times 127, the largest number that there may be.
+    /// Scales that are finite times 127, the largest number that there may be. Blocks are multiplied as they are: theirs are what
+    /// finite numbers have.
     fn check_int8(&self) -> Result<(), Error> {
+        let is_scale = |scale: f32| match self.dtype {
+            Dtype::Int8Blocks => scale.abs() <= f32::MAX / 127.0,
+            _ => (scale * 127.0).is_finite(),
+        };
         let scaled = self.dtype.scaled(self.width);
         let per_row = self.width.div_ceil(scaled);
         for (at, (scale, numbers)) in self.scaled().enumerate() {
             let (row, first) = (at / per_row, at % per_row * scaled);
-            if !(scale * 127.0).is_finite() {
+            if !is_scale(scale) {
                 let whose = if first == 0 {
                     "its scale".to_owned()
                 } else {
@@ -414,6 +419,7 @@ mod tests {
         assert_eq!(rows.to_f32(), values);
         assert_eq!(rows.block(1, 1), Some((2.0, &[127; 8][..])));
         assert_eq!([rows.block(1, 2), rows.block(2, 0)], [None; 2]);
+        assert_eq!(Rows::encode(Dtype::Int8Blocks, 2, [f32::MAX, -f32::MAX]).check_finite(), Ok(()));
         let whole = [[127; BLOCK], [127; BLOCK]];
         let scales = [1.0 / 127.0, 2.0];
         assert_eq!(Rows::of_blocks(2, 40, |_, at| (scales[at], &whole[at])), rows);

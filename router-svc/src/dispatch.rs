@@ -124,7 +124,10 @@ pub(crate) fn plan(
     let mut parts = Vec::with_capacity(by_holder.len());
     for (holder, (_, mut slots)) in by_holder {
         slots.sort_unstable();
-        parts.extend(cut(activations, slots).map(|slots| part(activations, holder, slots, grounds.table)));
+        let dtype = dtype(activations, holder, grounds.table);
+        parts.extend(
+            cut(activations, slots, dtype).map(|slots| part(activations, holder, slots, grounds.table)),
+        );
     }
     orphans.sort_unstable();
     (parts, orphans)
@@ -178,16 +181,21 @@ fn part(activations: &Activations, holder: &InstanceId, slots: Vec<Slot>, table:
         .filter_map(|&expert| holding?.holds.get(&(activations.layer, expert)).copied())
         .fold(WeightsHash::default(), WeightsHash::and);
     let epoch = holding.map_or(Epoch(0), |holder| holder.epoch);
-    let in_blocks = activations.dtype == Dtype::F32 && holding.is_some_and(|holder| holder.reads_blocks);
-    let dtype = if in_blocks { Dtype::Int8Blocks } else { activations.dtype };
+    let dtype = dtype(activations, holder, table);
     Part { holder: holder.clone(), epoch, weights, slots, dtype }
 }
 
+/// How rows travel to `holder`: as asked for, or as what it would make of that.
+fn dtype(activations: &Activations, holder: &InstanceId, table: &RoutingTable) -> Dtype {
+    let reads_blocks = table.holder(holder).is_some_and(|holder| holder.reads_blocks);
+    if activations.dtype == Dtype::F32 && reads_blocks { Dtype::Int8Blocks } else { activations.dtype }
+}
+
 /// Cuts between rows, so that neither the rows of a frame nor a reply with one row per pair is too large a message.
-fn cut(activations: &Activations, slots: Vec<Slot>) -> impl Iterator<Item = Vec<Slot>> {
+fn cut(activations: &Activations, slots: Vec<Slot>, dtype: Dtype) -> impl Iterator<Item = Vec<Slot>> {
     let top_k = activations.top_k();
-    let rows_max = (FRAME_BYTES_MAX / activations.dtype.row_bytes(activations.hidden_size)).max(1);
-    let reply_bytes = activations.dtype.of_reply().row_bytes(activations.hidden_size);
+    let rows_max = (FRAME_BYTES_MAX / dtype.row_bytes(activations.hidden_size)).max(1);
+    let reply_bytes = dtype.of_reply().row_bytes(activations.hidden_size);
     let pairs_max = (proto::MESSAGE_BYTES_MAX / 2 / reply_bytes).max(top_k);
     let mut rest = slots.into_iter().peekable();
     std::iter::from_fn(move || {
@@ -383,6 +391,18 @@ pub(crate) mod tests {
         assert_eq!(dtypes(&activations), [Dtype::Int8Blocks, Dtype::F32].map(Some));
         let (rows, ..) = pack(&activations, &[Slot(1), Slot(3)], Dtype::Int8Blocks);
         assert_eq!(rows, Rows::encode(Dtype::Int8Blocks, 2, [0.0, 1.0, 2.0, 3.0]));
+        // Some rows of many, whose last blocks are not whole.
+        const WIDTH: usize = 80;
+        let values: Vec<f32> =
+            (0..21 * WIDTH).map(|at| ((at * 7919 + 13) % 1000) as f32 / 25.0 - 20.0).collect();
+        let of_rows = |rows: [usize; 3]| rows.map(|row| &values[row * WIDTH..][..WIDTH]).concat();
+        let wide = Activations {
+            hidden_size: WIDTH,
+            normed: Arc::new(values.clone().into()),
+            ..super::tests::activations(&[0; 42])
+        };
+        let (rows, ..) = pack(&wide, &[Slot(3), Slot(17 * 2), Slot(20 * 2)], Dtype::Int8Blocks);
+        assert_eq!(rows, Rows::encode(Dtype::Int8Blocks, WIDTH, of_rows([1, 17, 20])));
         // What was asked for is what it gets.
         activations.dtype = Dtype::Bf16;
         assert_eq!(dtypes(&activations), [Dtype::Bf16; 2].map(Some));
@@ -390,15 +410,18 @@ pub(crate) mod tests {
 
     #[test]
     fn large_batches_are_cut_between_rows() {
-        let n_rows = 3 * FRAME_BYTES_MAX / 8 / 2;
-        let activations = activations(&vec![0; n_rows * 2]);
-        let (table, health) = (table(&[("a", &[0])]), Health::new(Limits::default()));
-        let grounds = Grounds { table: &table, health: &health, now: any_instant(), salt: 0 };
-        let (parts, _) = plan(&activations, (0..n_rows * 2).map(Slot), &grounds, &[]);
-        assert_eq!(parts.len(), 2);
-        assert!(
-            parts.iter().all(|part| part.slots.len() % 2 == 0 && part.slots.len() / 2 * 8 <= FRAME_BYTES_MAX)
-        );
-        assert_eq!(parts.iter().map(|part| part.slots.len()).sum::<usize>(), n_rows * 2);
+        for (reads_blocks, dtype) in [(false, Dtype::F32), (true, Dtype::Int8Blocks)] {
+            let row_bytes = dtype.row_bytes(2);
+            let n_rows = 3 * FRAME_BYTES_MAX / row_bytes / 2;
+            let activations = activations(&vec![0; n_rows * 2]);
+            let table = Members::default().join(Holder { reads_blocks, ..holder("a", &[0], 7) }).unwrap();
+            let health = Health::new(Limits::default());
+            let grounds = Grounds { table: &table, health: &health, now: any_instant(), salt: 0 };
+            let (parts, _) = plan(&activations, (0..n_rows * 2).map(Slot), &grounds, &[]);
+            let n_slots: Vec<_> = parts.iter().map(|part| part.slots.len()).collect();
+            let fits = |n: &usize| n.is_multiple_of(2) && n / 2 * row_bytes <= FRAME_BYTES_MAX;
+            assert!(n_slots.iter().all(fits), "{dtype:?}: {n_slots:?}");
+            assert_eq!((n_slots.len(), n_slots.iter().sum::<usize>()), (2, n_rows * 2), "{dtype:?}");
+        }
     }
 }

@@ -277,7 +277,8 @@ impl Links {
                         // The registry says that it holds something else now; what, it says itself. The stream's
                         // replies wait meanwhile, for as long as its own server takes to say it.
                         match ask(&mut client).await.and_then(|status| self.identity.check(&holder.address, status)) {
-                            Ok(now) => holder = now,
+                            Ok(now) if now.instance == instance => holder = now,
+                            Ok(now) => break Error::new(Code::Unavailable, "link_down", format!("{} answers there now", now.instance)),
                             Err(error) => break error,
                         }
                         if let Err(error) = self.join(key, holder.clone(), None) {

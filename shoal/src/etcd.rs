@@ -40,7 +40,7 @@ impl Etcd {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            .kill_on_drop(true)
+            // Not killed when it is dropped: the end of its stdin lets it end etcd first.
             .spawn()
             .context("cannot start a shell for etcd")?;
         let stdin = child.stdin.take();

@@ -128,7 +128,7 @@ pub(crate) async fn run(mut args: Args, log: &LogArgs) -> anyhow::Result<ExitCod
     tokio::pin!(stop);
     let cluster = tokio::select! {
         cluster = Cluster::start(&plan) => cluster?,
-        // Dropped half started: children are killed with it.
+        // Dropped half started: children are killed with it, and etcd by its keeper.
         stopped = &mut stop => return stopped.map(|()| ExitCode::SUCCESS).map_err(Into::into),
     };
     print(&cluster, args.json)?;

@@ -70,6 +70,26 @@ async fn check_wire(wire: &str, bound: f32) {
     assert!(median > 0.0 && median < bound, "{wire}: {median}");
 }
 
+/// Rows go to quantized experts as these compute with them, to whichever server and in whatever batch.
+#[tokio::test]
+async fn quantized_experts_give_the_same_bits_on_any_servers() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let (prompts, output) = (folder.path().join("prompts"), folder.path().join("out"));
+    write_prompts(&prompts, &[(3..67).collect()]);
+    for weights in ["q8", "q4-experts"] {
+        let mut bits = Vec::new();
+        for flags in [["--experts", "1", "--chunk", "64"], ["--experts", "3", "--chunk", "5"]] {
+            let mut args: Vec<OsString> = vec!["logits".into(), minnow().into(), "--tokens".into()];
+            args.extend([prompts.clone().into(), "--out".into(), output.clone().into()]);
+            args.extend(flags.iter().chain(&["--weights", weights]).map(OsString::from));
+            let ended = Process::run(args).await;
+            assert!(ended.status.success(), "{weights} {flags:?}: {}", ended.stderr);
+            bits.push(Expected::logits_of(&output, 0).into_iter().map(f32::to_bits).collect::<Vec<_>>());
+        }
+        assert!(bits[0] == bits[1], "{weights}");
+    }
+}
+
 #[tokio::test]
 async fn wires_that_round_stay_near() {
     check_wire("bf16", 0.002).await;

@@ -101,9 +101,13 @@ async fn quantized_experts_make_the_same_of_blocks_and_of_f32_rows() {
     const WIDTH: usize = 80;
     let model = Model::random(WIDTH, 16).write();
     let (dir, cache) = (model.dir.path(), tempfile::tempdir().unwrap());
-    let in_blocks = |frame: &proto::Frame| proto::Frame {
-        rows: Rows::encode(Dtype::Int8Blocks, WIDTH, frame.rows.to_f32()),
-        ..frame.clone()
+    // As a router makes them.
+    let in_blocks = |frame: &proto::Frame| {
+        let input = model::Input::from(frame.rows.to_f32());
+        let blocks = input.blocks(WIDTH);
+        let rows = Rows::of_blocks(frame.rows.n_rows(), WIDTH, |row, at| blocks.block(row, at));
+        assert_eq!(rows, Rows::encode(Dtype::Int8Blocks, WIDTH, frame.rows.to_f32()));
+        proto::Frame { rows, ..frame.clone() }
     };
     for weights in ["q8", "q4-experts"] {
         let cache_dir = cache.path().to_str().unwrap();

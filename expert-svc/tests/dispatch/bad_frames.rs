@@ -82,7 +82,7 @@ async fn each_bad_frame_is_answered_and_the_stream_lives() {
         (rows(wire).dtype, rows(wire).n_rows) = (v1::Dtype::Bf16.into(), 4);
         (wire.combine, wire.contribution_max) = (v1::Combine::Exact.into(), 1.0);
     };
-    check(router, narrowed, invalid, "exact combine needs F32 rows, the frame has Bf16 rows").await;
+    check(router, narrowed, invalid, "exact combine needs F32 rows or blocks, the frame has Bf16 rows").await;
 
     let status = server.status().await;
     assert_eq!((status.frames, status.frames_failed), (2 * 18, 18));
