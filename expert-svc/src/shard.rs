@@ -55,7 +55,7 @@ impl Shard {
 fn input(rows: &Rows) -> Input<'_> {
     if rows.dtype() == Dtype::Int8Blocks {
         return Input::of_blocks(rows.n_rows(), rows.width(), |row, at| {
-            rows.block(row, at).unwrap_or_default()
+            rows.block(row, at).unwrap_or_else(|| unreachable!("every row has all of its blocks"))
         });
     }
     Input::from(rows.to_f32())
