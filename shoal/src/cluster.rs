@@ -101,7 +101,7 @@ impl Cluster {
         let in_etcd = match &plan.registry {
             Where::Static => None,
             Where::Etcd(url) => Some(url.clone()),
-            Where::OwnEtcd => etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address)),
+            Where::OwnEtcd => etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address())),
         };
         let registry = |members: &[Member]| {
             let list =
@@ -161,7 +161,7 @@ impl Cluster {
 
     /// Where everybody is registered, if that is an etcd of the cluster's own.
     pub(crate) fn own_registry(&self) -> Option<String> {
-        self.etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address))
+        self.etcd.as_ref().map(|etcd| format!("etcd://{}/shoal", etcd.address()))
     }
 }
 

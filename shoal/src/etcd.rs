@@ -1,12 +1,13 @@
 //! An etcd for the time of a cluster on this machine: in memory as far as etcd can, gone with its parent.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     process::Stdio,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
+use cluster::Port;
 use tokio::{
     net::TcpStream,
     process::{Child, ChildStdin, Command},
@@ -18,7 +19,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 const KEEPER: &str = "\"$@\" & pid=$!; trap 'kill $pid' TERM; cat >/dev/null; kill $pid; wait $pid";
 
 pub(crate) struct Etcd {
-    pub(crate) address: SocketAddr,
+    client: Port,
+    _peer: Port,
     child: Child,
     stdin: Option<ChildStdin>,
     _data: tempfile::TempDir,
@@ -26,9 +28,10 @@ pub(crate) struct Etcd {
 
 impl Etcd {
     pub(crate) async fn start() -> anyhow::Result<Self> {
-        let (address, peer) = (free()?, free()?);
+        let (client, peer) = (Port::reserve(Ipv4Addr::LOCALHOST)?, Port::reserve(Ipv4Addr::LOCALHOST)?);
+        let address = client.address();
         let data = tempfile::Builder::new().prefix("shoal-etcd-").tempdir()?;
-        let (client_url, peer_url) = (format!("http://{address}"), format!("http://{peer}"));
+        let (client_url, peer_url) = (format!("http://{address}"), format!("http://{}", peer.address()));
         let mut child = Command::new("sh")
             // Ctrl-C reaches whoever ends it after all that need it.
             .process_group(0)
@@ -44,7 +47,7 @@ impl Etcd {
             .spawn()
             .context("cannot start a shell for etcd")?;
         let stdin = child.stdin.take();
-        let mut etcd = Self { address, child, stdin, _data: data };
+        let mut etcd = Self { client, _peer: peer, child, stdin, _data: data };
         let deadline = tokio::time::Instant::now() + START_TIMEOUT;
         while TcpStream::connect(address).await.is_err() {
             if let Some(status) = etcd.child.try_wait()? {
@@ -61,13 +64,12 @@ impl Etcd {
         Ok(etcd)
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.client.address()
+    }
+
     pub(crate) async fn stop(mut self) {
         drop(self.stdin.take());
         let _gone_already = self.child.wait().await;
     }
-}
-
-/// A port of this machine that was free a moment ago.
-fn free() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }

@@ -118,7 +118,7 @@ impl Cluster {
     }
 
     pub(crate) fn registry(&self) -> String {
-        format!("etcd://{}/chaos?ttl={TTL}", self.etcd.address)
+        format!("etcd://{}/chaos?ttl={TTL}", self.etcd.address())
     }
 
     pub(crate) async fn add(&mut self, role: Role) -> anyhow::Result<usize> {

@@ -1,12 +1,13 @@
 //! A real etcd of one member, that can be stopped, frozen, and started with its data or without.
 
 use std::{
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
+use cluster::Port;
 use nix::sys::signal::Signal;
 use tokio::{net::TcpStream, process::Command};
 
@@ -15,8 +16,9 @@ use super::process::Process;
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) struct Etcd {
-    pub(crate) address: SocketAddr,
-    peer: SocketAddr,
+    /// Kept while it is down.
+    client: Port,
+    peer: Port,
     dir: PathBuf,
     n_wipes: usize,
     process: Option<Process>,
@@ -24,15 +26,25 @@ pub(crate) struct Etcd {
 
 impl Etcd {
     pub(crate) async fn start(ip: IpAddr, dir: &Path) -> anyhow::Result<Self> {
-        let mut etcd =
-            Self { address: free(ip)?, peer: free(ip)?, dir: dir.to_owned(), n_wipes: 0, process: None };
+        let mut etcd = Self {
+            client: Port::reserve(ip)?,
+            peer: Port::reserve(ip)?,
+            dir: dir.to_owned(),
+            n_wipes: 0,
+            process: None,
+        };
         etcd.up().await?;
         Ok(etcd)
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.client.address()
+    }
+
     /// With the data that it had.
     pub(crate) async fn up(&mut self) -> anyhow::Result<()> {
-        let (client, peer) = (format!("http://{}", self.address), format!("http://{}", self.peer));
+        let (client, peer) =
+            (format!("http://{}", self.address()), format!("http://{}", self.peer.address()));
         let data = self.dir.join(format!("etcd-data-{}", self.n_wipes));
         let mut command = Command::new("etcd");
         command
@@ -47,9 +59,9 @@ impl Etcd {
             "etcd is needed: on Debian `apt-get install etcd-server`, else put the etcd binary on PATH",
         )?);
         let deadline = tokio::time::Instant::now() + START_TIMEOUT;
-        while TcpStream::connect(self.address).await.is_err() {
+        while TcpStream::connect(self.address()).await.is_err() {
             if tokio::time::Instant::now() > deadline {
-                bail!("etcd does not listen on {} within {START_TIMEOUT:?}", self.address);
+                bail!("etcd does not listen on {} within {START_TIMEOUT:?}", self.address());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -71,9 +83,4 @@ impl Etcd {
     pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         self.process.as_ref().context("etcd is down")?.signal(signal)
     }
-}
-
-/// A port that was free a moment ago.
-fn free(ip: IpAddr) -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind((ip, 0))?.local_addr()?)
 }

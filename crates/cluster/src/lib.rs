@@ -13,6 +13,7 @@
 pub mod health;
 pub mod holds;
 pub mod placement;
+mod port;
 pub mod record;
 pub mod registry;
 pub mod session;
@@ -20,6 +21,7 @@ pub mod table;
 
 pub use health::Health;
 pub use holds::Holds;
+pub use port::Port;
 pub use record::{Holdings, Placement, Record, Role, State};
 pub use registry::{Registry, advertised};
 pub use session::{Announcement, Member, Membership, Refused, Session, Term};

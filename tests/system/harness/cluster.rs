@@ -1,7 +1,12 @@
 //! Expert servers, a router and a gateway, each a process on a free port.
 
-use std::{ffi::OsString, net::SocketAddr, path::Path};
+use std::{
+    ffi::OsString,
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+};
 
+use cluster::Port;
 use proto::v1::{self, expert_client::ExpertClient, router_client::RouterClient};
 use tonic::transport::Channel;
 
@@ -30,9 +35,20 @@ pub(crate) struct Builder {
 
 pub(crate) struct Cluster {
     builder: Builder,
+    ports: Ports,
     pub(crate) experts: Vec<Member>,
     pub(crate) router: Member,
     gateway: Option<Member>,
+}
+
+/// Where who may be started again listens, kept while it is down.
+struct Ports {
+    experts: Vec<Port>,
+    router: Port,
+}
+
+fn reserve() -> Port {
+    Port::reserve(Ipv4Addr::LOCALHOST).expect("a free port")
 }
 
 /// A process and where it listens.
@@ -127,9 +143,10 @@ impl Builder {
 
     /// Starts all processes and waits until they listen; whether they are ready is for the test to find out.
     pub(crate) async fn launch(self) -> Cluster {
+        let ports = Ports { experts: self.holds.iter().map(|_| reserve()).collect(), router: reserve() };
         let starting: Vec<Process> = (0..self.holds.len())
             .map(|index| {
-                let args = self.args_of_expert(index, "127.0.0.1:0".into());
+                let args = self.args_of_expert(index, &ports.experts[index]);
                 Process::spawn_service(format!("expert {index}"), args)
             })
             .collect();
@@ -140,8 +157,7 @@ impl Builder {
         let addresses = experts.iter().map(|expert| &expert.address).chain(&self.other_experts);
         let addresses: Vec<String> = addresses.map(SocketAddr::to_string).collect();
         let registry = format!("static://{}", addresses.join(","));
-        let args = self.service("router").chain(os(&["--listen", "127.0.0.1:0", "--registry", &registry]));
-        let router = Member::start("router", args.chain(self.router_args.iter().cloned()).collect()).await;
+        let router = Member::start("router", self.args_of_router(&registry, &ports.router)).await;
         let gateway = match &self.gateway_args {
             None => None,
             Some(extra) => {
@@ -152,7 +168,7 @@ impl Builder {
                 Some(Member::start("gateway", args.chain(extra.iter().cloned()).collect()).await)
             }
         };
-        Cluster { builder: self, experts, router, gateway }
+        Cluster { builder: self, ports, experts, router, gateway }
     }
 
     fn service(&self, name: &str) -> impl Iterator<Item = OsString> + use<> {
@@ -160,10 +176,17 @@ impl Builder {
         model.into_iter().chain(self.all_args.clone())
     }
 
-    fn args_of_expert(&self, index: usize, listen: OsString) -> Vec<OsString> {
+    fn args_of_router(&self, registry: &str, port: &Port) -> Vec<OsString> {
+        let listen = port.address().to_string();
+        let args = self.service("router").chain(os(&["--listen", &listen, "--registry", registry]));
+        args.chain(self.router_args.iter().cloned()).collect()
+    }
+
+    fn args_of_expert(&self, index: usize, port: &Port) -> Vec<OsString> {
+        let listen = port.address().to_string();
         let holds = self.holds[index].iter().map(OsString::from);
         let own = self.expert_args.iter().filter(|(of, _)| *of == index).flat_map(|(_, args)| args.clone());
-        self.service("expert").chain(["--listen".into(), listen]).chain(holds).chain(own).collect()
+        self.service("expert").chain(os(&["--listen", &listen])).chain(holds).chain(own).collect()
     }
 }
 
@@ -242,19 +265,16 @@ impl Cluster {
 
     /// Starts expert server `index` again, where it was.
     pub(crate) async fn restart_expert(&mut self, index: usize) {
-        let address = self.experts[index].address.to_string();
-        let args = self.builder.args_of_expert(index, address.into());
+        let args = self.builder.args_of_expert(index, &self.ports.experts[index]);
         self.experts[index] = Member::start(&format!("expert {index}, again"), args).await;
     }
 
     /// Starts the router again, where it was.
     pub(crate) async fn restart_router(&mut self) {
-        let address = self.router.address.to_string();
         let addresses = self.experts.iter().map(|expert| &expert.address).chain(&self.builder.other_experts);
         let addresses: Vec<String> = addresses.map(SocketAddr::to_string).collect();
         let registry = format!("static://{}", addresses.join(","));
-        let args = self.builder.service("router").chain(os(&["--listen", &address, "--registry", &registry]));
-        let args = args.chain(self.builder.router_args.iter().cloned()).collect();
+        let args = self.builder.args_of_router(&registry, &self.ports.router);
         self.router = Member::start("router, again", args).await;
     }
 

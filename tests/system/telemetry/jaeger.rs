@@ -2,11 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::Ipv4Addr,
     path::PathBuf,
     process::{Child, Command, Stdio},
 };
 
+use cluster::Port;
 use serde_json::Value;
 
 use super::{CALLER, TRACE, complete, full};
@@ -21,8 +22,9 @@ const HOW: &str = "Jaeger is neither at target/tools/jaeger/jaeger nor on PATH: 
 
 struct Jaeger {
     process: Child,
-    otlp: SocketAddr,
+    otlp: Port,
     query: Http,
+    _others: [Port; 3],
 }
 
 impl Drop for Jaeger {
@@ -46,10 +48,9 @@ fn find() -> Option<PathBuf> {
     found
 }
 
-/// A port that was free a moment ago: Jaeger does not say which one it took.
-fn free() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("it listens")
+/// Jaeger does not say which port it took.
+fn free() -> Port {
+    Port::reserve(Ipv4Addr::LOCALHOST).expect("a free port")
 }
 
 impl Jaeger {
@@ -58,19 +59,24 @@ impl Jaeger {
             println!("skipped: {HOW}");
             return None;
         };
-        let (otlp, query) = (free(), free());
+        let (otlp, otlp_http, query, query_grpc) = (free(), free(), free(), free());
         let process = Command::new(program)
             .arg("--config")
             .arg(PathBuf::from(ROOT).join("deploy/jaeger/config.yaml"))
-            .env("JAEGER_OTLP_GRPC", otlp.to_string())
-            .env("JAEGER_OTLP_HTTP", free().to_string())
-            .env("JAEGER_QUERY_HTTP", query.to_string())
-            .env("JAEGER_QUERY_GRPC", free().to_string())
+            .env("JAEGER_OTLP_GRPC", otlp.address().to_string())
+            .env("JAEGER_OTLP_HTTP", otlp_http.address().to_string())
+            .env("JAEGER_QUERY_HTTP", query.address().to_string())
+            .env("JAEGER_QUERY_GRPC", query_grpc.address().to_string())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .expect("Jaeger starts");
-        let jaeger = Self { process, otlp, query: Http { address: query } };
+        let jaeger = Self {
+            process,
+            otlp,
+            query: Http { address: query.address() },
+            _others: [otlp_http, query, query_grpc],
+        };
         wait_for("Jaeger", async || match jaeger.query.try_get("/api/services").await {
             Ok(response) if response.status == 200 => Ok(()),
             Ok(response) => Err(response.status.to_string()),
@@ -140,7 +146,7 @@ fn is_complete(found: &Found) -> Result<(), String> {
 #[tokio::test]
 async fn a_request_through_four_servers_is_one_whole_trace() {
     let Some(jaeger) = Jaeger::start().await else { return };
-    let otlp = format!("http://{}", jaeger.otlp);
+    let otlp = format!("http://{}", jaeger.otlp.address());
     let builder = Cluster::builder(&minnow()).experts(4).expert_args(1, &["--chaos-delay", "20ms"]);
     let page = "http://jaeger.example:16686";
     let builder = builder.gateway_args(&["--trace-url", page]).all_args(&["--otlp", &otlp]);

@@ -2,9 +2,11 @@
 
 use std::{
     collections::BTreeSet,
+    net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
+use cluster::Port;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -274,10 +276,8 @@ async fn a_collector_that_is_away_or_hangs_costs_nothing() {
     const EXIT_MAX: Duration = Duration::from_secs(5);
     let silent = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let hanging = format!("http://{}", silent.local_addr().expect("it listens"));
-    let nobody = {
-        let closed = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        format!("http://{}", closed.local_addr().expect("it listens"))
-    };
+    let port = Port::reserve(Ipv4Addr::LOCALHOST).expect("a free port");
+    let nobody = format!("http://{}", port.address());
     for url in [hanging, nobody] {
         let mut cluster = Cluster::builder(&minnow()).experts(2).all_args(&["--otlp", &url]).start().await;
         let http = cluster.http();

@@ -1,17 +1,20 @@
 //! A real etcd of one member, on ports of its own.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    fs::{self, File},
+    net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+use cluster::Port;
 use etcd_client::{Client, GetOptions};
 
 pub(crate) struct Etcd {
-    address: SocketAddr,
-    peer: SocketAddr,
+    /// Kept while it is down.
+    client: Port,
+    peer: Port,
     data: tempfile::TempDir,
     n_wipes: usize,
     flags: Vec<String>,
@@ -28,10 +31,9 @@ impl Etcd {
             println!("skipped: {how}");
             return None;
         }
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut etcd = Self {
-            address: free(),
-            peer: free(),
+            client: Port::reserve(Ipv4Addr::LOCALHOST).unwrap(),
+            peer: Port::reserve(Ipv4Addr::LOCALHOST).unwrap(),
             data: tempfile::tempdir().unwrap(),
             n_wipes: 0,
             flags: flags.to_vec(),
@@ -41,15 +43,22 @@ impl Etcd {
         Some(etcd)
     }
 
+    fn address(&self) -> SocketAddr {
+        self.client.address()
+    }
+
     /// For leases as short as they may be.
     pub(crate) fn url(&self) -> String {
-        format!("etcd://{}/shoal?ttl=2s", self.address)
+        format!("etcd://{}/shoal?ttl=2s", self.address())
     }
 
     pub(crate) async fn up(&mut self) {
         let scheme = if self.flags.is_empty() { "http" } else { "https" };
-        let (client, peer) = (format!("{scheme}://{}", self.address), format!("http://{}", self.peer));
+        let (client, peer) =
+            (format!("{scheme}://{}", self.address()), format!("http://{}", self.peer.address()));
         let dir: PathBuf = self.data.path().join(self.n_wipes.to_string());
+        let log = self.data.path().join("log");
+        let log_file = File::create(&log).unwrap();
         let process = Command::new("etcd")
             .arg("--data-dir")
             .arg(dir)
@@ -59,13 +68,13 @@ impl Etcd {
             .args(["--heartbeat-interval", "50", "--election-timeout", "250"])
             .args(&self.flags)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(log_file)
             .spawn()
             .unwrap();
         self.process = Some(process);
-        while tokio::net::TcpStream::connect(self.address).await.is_err() {
+        while tokio::net::TcpStream::connect(self.address()).await.is_err() {
             let ended = self.process.as_mut().and_then(|process| process.try_wait().unwrap());
-            assert!(ended.is_none(), "etcd ended with {ended:?}");
+            assert!(ended.is_none(), "etcd ended with {ended:?}: {}", fs::read_to_string(&log).unwrap());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -84,7 +93,7 @@ impl Etcd {
     }
 
     pub(crate) async fn client(&self) -> Client {
-        Client::connect([self.address.to_string()], None).await.unwrap()
+        Client::connect([self.address().to_string()], None).await.unwrap()
     }
 
     /// Waits until exactly these keys lie below `prefix`.
@@ -92,7 +101,7 @@ impl Etcd {
         let mut keys = Vec::new();
         let matches = async {
             loop {
-                if let Ok(mut client) = Client::connect([self.address.to_string()], None).await
+                if let Ok(mut client) = Client::connect([self.address().to_string()], None).await
                     && let Ok(listed) = client.get(prefix, Some(GetOptions::new().with_prefix())).await
                 {
                     keys = listed
