@@ -1,7 +1,7 @@
 //! Assembles an expert server from its flags: sockets, threads, registry.
 
 use std::{
-    io,
+    io::{self, ErrorKind::PermissionDenied},
     net::SocketAddr,
     num::NonZeroUsize,
     path::Path,
@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use cluster::Session;
+use cluster::{LocalStream, Session};
 use ids::InstanceId;
 use model::{
     Checkpoint,
@@ -140,11 +140,9 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         let on_this_host = async move {
             match unix_socket {
                 Some(socket) => {
-                    // Abstract names have no permissions: who calls shows in the connection.
-                    let incoming = UnixListenerStream::new(socket.listener).filter(|stream| match stream {
-                        Ok(stream) => stream.peer_cred().is_ok_and(|peer| cluster::is_of_us(peer.uid())),
-                        Err(_) => true,
-                    });
+                    let incoming = UnixListenerStream::new(socket.listener)
+                        .map(|stream| stream.and_then(LocalStream::of))
+                        .filter(|stream| !matches!(stream, Err(error) if error.kind() == PermissionDenied));
                     router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
                 }
                 None => {

@@ -1,18 +1,16 @@
 //! How an expert server is called: at its address, or through a Unix socket when it is on this host.
 
 use std::{
-    io,
     net::{IpAddr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
+use cluster::LocalStream;
 use hyper_util::rt::TokioIo;
-
 use proto::{
     Code, Error,
     v1::{self, expert_client::ExpertClient},
 };
-use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,19 +43,9 @@ pub(crate) async fn unix(name: &str, address: &str) -> Result<ExpertClient<Chann
     let name = name.to_owned();
     let connect = move |_| {
         let name = name.clone();
-        async move { unix_stream(&name).await.map(TokioIo::new) }
+        async move { LocalStream::connect(&name).await.map(TokioIo::new) }
     };
     client(endpoint(address)?.connect_with_connector(tower::service_fn(connect)).await)
-}
-
-/// Whoever is of this user may answer: abstract names belong to whoever takes them first.
-async fn unix_stream(name: &str) -> io::Result<UnixStream> {
-    let stream = UnixStream::connect(format!("\0{name}")).await?;
-    if cluster::is_of_us(stream.peer_cred()?.uid()) {
-        Ok(stream)
-    } else {
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, "another user listens there"))
-    }
 }
 
 fn endpoint(address: &str) -> Result<Endpoint, Error> {

@@ -12,6 +12,7 @@
 
 pub mod health;
 pub mod holds;
+mod local;
 pub mod placement;
 mod port;
 pub mod record;
@@ -21,14 +22,9 @@ pub mod table;
 
 pub use health::Health;
 pub use holds::Holds;
+pub use local::LocalStream;
 pub use port::Port;
 pub use record::{Holdings, Placement, Record, Role, State};
 pub use registry::{Registry, advertised};
 pub use session::{Announcement, Member, Membership, Refused, Session, Term};
 pub use table::{Holder, Members, OtherWeights, RoutingTable};
-
-/// True if whoever is at the other end of a Unix socket is this process's user: abstract names have no permissions.
-#[must_use]
-pub fn is_of_us(uid: u32) -> bool {
-    uid == rustix::process::geteuid().as_raw()
-}
