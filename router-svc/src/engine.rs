@@ -302,6 +302,7 @@ impl Engine {
             self.scheduler.running_mut(index).send(Event::Failed(error));
             finished.push(index);
         }
+        let mut draws = Vec::with_capacity(rows.wanted.len());
         for (wanted, logits) in rows.wanted.iter().zip(rows.split(&logits, vocab_size)) {
             let sequence = self.scheduler.running_mut(wanted.sequence);
             if wanted.as_prompt_logits > 0 {
@@ -316,16 +317,20 @@ impl Engine {
                     banned: sequence.banned_ids(),
                     n_top: sequence.request.top_logprobs,
                 };
-                let drawn = sample(last, &sequence.request.sampling, draw);
-                self.stats.count_token();
-                if let Some(finish) = sequence.push(drawn) {
-                    // Counted before it is sent: who has the answer sees it in the status.
-                    if sequence.is_degraded() {
-                        self.stats.count_degraded();
-                    }
-                    sequence.finish(finish);
-                    finished.push(wanted.sequence);
+                draws.push((wanted.sequence, sample(last, &sequence.request.sampling, draw)));
+            }
+        }
+        // One after the other without a pause: whoever sends them on is woken once, and not anew for each.
+        for (index, drawn) in draws {
+            let sequence = self.scheduler.running_mut(index);
+            self.stats.count_token();
+            if let Some(finish) = sequence.push(drawn) {
+                // Counted before it is sent: who has the answer sees it in the status.
+                if sequence.is_degraded() {
+                    self.stats.count_degraded();
                 }
+                sequence.finish(finish);
+                finished.push(index);
             }
         }
         finished.sort_unstable();
