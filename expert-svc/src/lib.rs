@@ -26,7 +26,7 @@ mod slot;
 mod stream;
 
 pub use args::Args;
-pub use service::{run, workers};
+pub use service::run;
 pub use stream::FRAMES_PER_STREAM_MAX;
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! Assembles an expert server from its flags: sockets, threads, registry.
 
 use std::{
-    io::{self, ErrorKind::PermissionDenied},
+    io::ErrorKind::PermissionDenied,
     net::SocketAddr,
-    num::NonZeroUsize,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -51,18 +50,8 @@ const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * HTTP2_WINDOW_B
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Cores for each thread that reads sockets. A second one takes turns with the first, which wakes it for most frames: that counts
-/// where there are few cores.
-const CORES_A_WORKER: usize = 8;
-
 /// The registry's tasks have nothing to finish by then.
 const REGISTRY_END_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// How many threads of the runtime should serve [`run`]; an error if the cores cannot be counted.
-pub fn workers() -> io::Result<NonZeroUsize> {
-    let cores = std::thread::available_parallelism()?;
-    Ok(NonZeroUsize::new(cores.get() / CORES_A_WORKER).unwrap_or(NonZeroUsize::MIN))
-}
 
 /// Serves `args` until `tasks` shuts down, then leaves in order. Calls `ready` with the bound address once it listens
 /// and has loaded.

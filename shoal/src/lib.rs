@@ -23,7 +23,7 @@ use std::{
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::process::{LogArgs, Process};
+use crate::process::{LogArgs, Process, Workers};
 
 /// Serve Mixture-of-Experts models with the experts sharded over processes and machines.
 #[derive(Debug, Parser)]
@@ -112,16 +112,17 @@ fn run(log: &LogArgs, command: Command) -> anyhow::Result<ExitCode> {
     }
     match command {
         Command::Gateway(service) => {
-            process::serve(log, "gateway", None, service.process, |process, ready| {
+            process::serve(log, "gateway", Workers::EveryCore, service.process, |process, ready| {
                 gateway::run(service.args, process, ready)
             })
         }
-        Command::Router(service) => process::serve(log, "router", None, service.process, |process, ready| {
-            router_svc::run(service.args, process, ready)
-        }),
+        Command::Router(service) => {
+            process::serve(log, "router", Workers::Few, service.process, |process, ready| {
+                router_svc::run(service.args, process, ready)
+            })
+        }
         Command::Expert(service) => {
-            let workers = expert_svc::workers().context("cannot count the cores")?;
-            process::serve(log, "expert", Some(workers), service.process, |process, ready| {
+            process::serve(log, "expert", Workers::Few, service.process, |process, ready| {
                 expert_svc::run(service.args, process, ready)
             })
         }

@@ -5,7 +5,6 @@ use std::{
     future::Future,
     io::{self, Read as _, Write as _},
     net::SocketAddr,
-    num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -118,24 +117,38 @@ pub(crate) fn tune(wanted: Wanted) -> anyhow::Result<Tuning> {
 /// How long a drain may go on after the parent is gone.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(5);
 
-fn init(args: &LogArgs, default_filter: &str, workers: Option<NonZeroUsize>) -> anyhow::Result<Runtime> {
+/// Threads of a service's runtime.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Workers {
+    /// One a core: they compute, too.
+    EveryCore,
+    /// For those beside whom other threads compute. Two take turns, and each wakes the other for most of what comes: that
+    /// counts where there are few cores.
+    Few,
+}
+
+/// Cores for each of [`Workers::Few`].
+const CORES_A_WORKER: usize = 8;
+
+fn init(args: &LogArgs, default_filter: &str, workers: Workers) -> anyhow::Result<Runtime> {
     let format = match args.log {
         Format::Text => log::Format::Text,
         Format::Json => log::Format::Json,
     };
     log::init(format, args.log_filter.as_deref().unwrap_or(default_filter)).context("--log-filter")?;
     let mut runtime = Builder::new_multi_thread();
-    if let Some(workers) = workers {
-        runtime.worker_threads(workers.get());
+    if let Workers::Few = workers {
+        let cores = std::thread::available_parallelism().context("cannot count the cores")?;
+        runtime.worker_threads((cores.get() / CORES_A_WORKER).max(1));
     }
     runtime.enable_all().build().context("cannot start the async runtime")
 }
 
-/// Runs a service until SIGTERM, Ctrl-C, or the end of its parent. Its tasks have so many `workers`, or one a core.
+/// Runs a service until SIGTERM, Ctrl-C, or the end of its parent.
 pub(crate) fn serve<F, R>(
     log: &LogArgs,
     service: &'static str,
-    workers: Option<NonZeroUsize>,
+    workers: Workers,
     process: Process,
     run: impl FnOnce(telemetry::Process, Box<dyn FnOnce(SocketAddr) + Send>) -> F,
 ) -> anyhow::Result<ExitCode>
@@ -170,7 +183,7 @@ pub(crate) fn tool(
     log: &LogArgs,
     run: impl Future<Output = anyhow::Result<ExitCode>>,
 ) -> anyhow::Result<ExitCode> {
-    let runtime = init(log, "warn", None)?;
+    let runtime = init(log, "warn", Workers::EveryCore)?;
     let result = runtime.block_on(run);
     // A read of stdin that nobody will answer must not keep the process.
     runtime.shutdown_background();
