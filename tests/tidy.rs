@@ -147,7 +147,7 @@ fn modules_stay_in_their_rooms() {
     assert_none("modules name what they must not know", found);
 }
 
-/// Where `unsafe` may be written: kernels, and the place that maps files.
+/// Where `unsafe` may be written: kernels, the place that maps files, and the one that registers a socket.
 const UNSAFE: [&str; 4] = [
     "crates/model/src/kernels",
     "crates/model/src/checkpoint.rs",

@@ -130,7 +130,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
             match unix_socket {
                 Some(socket) => {
                     let incoming = UnixListenerStream::new(socket.listener)
-                        .map(|stream| stream.and_then(LocalStream::of))
+                        .map(|stream| stream.and_then(LocalStream::checked))
                         .filter(|stream| !matches!(stream, Err(error) if error.kind() == PermissionDenied));
                     router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
                 }

@@ -320,7 +320,7 @@ impl Engine {
                 draws.push((wanted.sequence, sample(last, &sequence.request.sampling, draw)));
             }
         }
-        // One after the other without a pause: whoever sends them on is woken once, and not anew for each.
+        // One after the other without a pause: whoever sends them on is mostly woken once, and not anew for each.
         for (index, drawn) in draws {
             let sequence = self.scheduler.running_mut(index);
             self.stats.count_token();

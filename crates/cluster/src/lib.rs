@@ -1,4 +1,5 @@
-//! Who is where: how processes find each other, which of them holds which expert, and which should. Knows no tensors.
+//! Who is where: how processes find each other and connect on one host, which of them holds which expert, and which should.
+//! Knows no tensors.
 //!
 //! # Keys in etcd
 //! Below the prefix of `--registry etcd://host:2379/PREFIX`, each value JSON ([`Record`], [`Placement`]):
