@@ -121,7 +121,7 @@ def bytes_per_token():
 def read_rate():
     """Bytes a second that all cores read together."""
     lines = map(json.loads, run([args.shoal, "bench", "--kernels", "--json"]).splitlines())
-    return max(line["value"] for line in lines if line["kernel"] == "read") * 1e9
+    return max(line["limit"] for line in lines if line["unit"] == "GB/s") * 1e9
 
 
 print(f"{args.weights}, router and {args.experts} expert processes, medians of {args.rounds} rounds, tokens/s (spread)")

@@ -79,6 +79,7 @@ impl Expert for Api {
             listen: self.listen.to_string(),
             unix_socket: self.unix_socket.clone().unwrap_or_default(),
             reads_blocks: shard.reads_blocks(),
+            unsettled_bytes: shard.unsettled_bytes(),
         }))
     }
 }

@@ -21,6 +21,7 @@ mod placed;
 mod presence;
 mod selection;
 mod service;
+mod settle;
 mod shard;
 mod slot;
 mod stream;

@@ -15,6 +15,7 @@ use crate::{
     engine::Engine,
     handover, placed,
     presence::Presence,
+    settle,
     shard::{Held, describe},
     stream::Streams,
 };
@@ -83,6 +84,7 @@ impl Lifecycle {
             self.tasks.spawn("placement", follow);
         }
         ready();
+        settle::beside(self.presence.shard());
         self.tasks.shutting_down().await;
         // What it holds now is what others take over.
         self.presence.shard().stop_loading();

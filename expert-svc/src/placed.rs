@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use crate::{
     presence::Presence,
+    settle,
     shard::{Held, describe},
 };
 
@@ -62,6 +63,7 @@ async fn hold(presence: &Presence, version: Version, wanted: Holds) -> bool {
     let error = match held {
         Ok(Ok(held)) => {
             presence.applied(version);
+            settle::beside(presence.shard());
             let Held { holds, epoch, experts } = &*held;
             tracing::info!(
                 %version,

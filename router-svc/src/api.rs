@@ -13,7 +13,7 @@ use std::{
 use cluster::{RoutingTable, State};
 use futures_util::{Stream, StreamExt as _, stream};
 use ids::{ExpertId, InstanceId};
-use model::ModelConfig;
+use model::{Checkpoint, ModelConfig};
 use proto::{
     Code, Error,
     frame::FRAME_BYTES_MAX,
@@ -42,7 +42,7 @@ const STOP_IDS_MAX: usize = 256;
 
 pub(crate) struct Api {
     pub(crate) instance: String,
-    pub(crate) checkpoint: String,
+    pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) config: ModelConfig,
     pub(crate) limits: Limits,
     pub(crate) stats: Arc<Stats>,
@@ -209,7 +209,7 @@ impl Api {
         v1::RouterStatus {
             instance: self.instance.clone(),
             wire_version: proto::WIRE_VERSION,
-            checkpoint: self.checkpoint.clone(),
+            checkpoint: self.checkpoint.fingerprint().to_owned(),
             architecture: self.config.architecture.clone(),
             vocab_size: self.config.vocab_size as u32,
             context_max: self.limits.context_max as u32,
@@ -250,6 +250,7 @@ impl Api {
             placement: self.placer.version(),
             under_replicated: self.under_replicated(&view.table),
             sequences_degraded: self.stats.sequences_degraded.load(Relaxed),
+            unsettled_bytes: self.checkpoint.unsettled_bytes(),
             combine: match self.limits.combine {
                 Combine::Exact => "exact",
                 Combine::Pairs => "pairs",

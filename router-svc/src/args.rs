@@ -142,7 +142,8 @@ pub struct Args {
     /// itself [default: by the same test]
     #[arg(long, env = "SHOAL_SPIN", value_name = "true|false")]
     pub spin: Option<bool>,
-    /// Quantized weights are read into huge pages instead of being mapped [default: by the same test]
+    /// Quantized weights are copied into huge pages, while it serves already, instead of staying in mapped files [default: by
+    /// the same test]
     #[arg(long, env = "SHOAL_HUGE_PAGES", value_name = "true|false")]
     pub huge_pages: Option<bool>,
     /// How long running requests may take to finish after SIGTERM

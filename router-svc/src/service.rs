@@ -50,7 +50,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         let checkpoint =
             Checkpoint::open(&path)?.with_weights(weights, cache_dir).with_huge_pages(tuning.huge_pages);
         let backbone = Backbone::load(&checkpoint)?;
-        Ok((checkpoint, backbone, tuning))
+        Ok((Arc::new(checkpoint), backbone, tuning))
     })
     .await?
     .with_context(|| format!("cannot load checkpoint {}", args.model.display()))?;
@@ -121,7 +121,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         instance: instance.to_string(),
         placer,
         replicas: goal.replicas,
-        checkpoint: checkpoint.fingerprint().to_owned(),
+        checkpoint: Arc::clone(&checkpoint),
         config,
         limits,
         stats,
@@ -135,6 +135,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     meters::read_status(&process.metrics, move |now| reported.report(now));
     tracing::info!(%address, %instance, ?tuning, checkpoint = checkpoint.fingerprint(), "router listens");
     ready(address);
+    settle(Arc::clone(&checkpoint), tasks.clone());
     let served = serve(listener, api, &process.metrics, &tasks);
     let deadline = async {
         tasks.shutting_down().await;
@@ -154,6 +155,16 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     link_tasks.join(args.drain_timeout).await;
     tracing::info!(%instance, "router stopped");
     Ok(())
+}
+
+/// On a thread of its own, moves what was loaded from cache files into huge pages, if those were chosen. It is computed with
+/// meanwhile.
+fn settle(checkpoint: Arc<Checkpoint>, tasks: Tasks) {
+    tokio::task::spawn_blocking(move || match checkpoint.settle(&|| !tasks.is_shutting_down()) {
+        Ok(0) => {}
+        Ok(bytes) => tracing::info!(bytes, "weights moved into huge pages"),
+        Err(error) => tracing::warn!(%error, "weights stay where their files are mapped"),
+    });
 }
 
 #[expect(clippy::disallowed_methods, reason = "the edge: how long something takes is what this is about")]

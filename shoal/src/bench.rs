@@ -216,6 +216,7 @@ impl Subject {
             return Ok(Self::Local(Box::new(Local::load(model, &args.weights)?)));
         }
         let cluster = Cluster::start(&plan(args, model.to_owned(), experts)).await?;
+        cluster.settled().await?;
         let client = router_client(cluster.routers[0].address).await?;
         Ok(Self::Cluster { cluster: Box::new(cluster), client })
     }

@@ -7,7 +7,7 @@ use model::{
     Weights,
     tune::{Tuning, Wanted},
 };
-use proto::v1::{self, router_client::RouterClient};
+use proto::v1::{self, expert_client::ExpertClient, router_client::RouterClient};
 use telemetry::Tasks;
 use tonic::transport::{Channel, Endpoint};
 
@@ -140,6 +140,28 @@ impl Cluster {
             }
         };
         Ok(Self { experts, routers, gateway, etcd, tasks })
+    }
+
+    /// Waits until weights are where they stay: for whoever measures. Requests are answered before that.
+    pub(crate) async fn settled(&self) -> anyhow::Result<()> {
+        let wait = async {
+            for member in &self.experts {
+                let mut client = ExpertClient::new(channel(&format!("http://{}", member.address)).await?);
+                let mut status = async || client.status(v1::ExpertStatusRequest {}).await;
+                while status().await?.into_inner().unsettled_bytes > 0 {
+                    tokio::time::sleep(READY_POLL).await;
+                }
+            }
+            for member in &self.routers {
+                let mut client = router_client(member.address).await?;
+                let mut status = async || client.status(v1::RouterStatusRequest {}).await;
+                while status().await?.into_inner().unsettled_bytes > 0 {
+                    tokio::time::sleep(READY_POLL).await;
+                }
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(READY_TIMEOUT, wait).await.context("weights do not get into huge pages")?
     }
 
     pub(crate) fn members(&self) -> impl Iterator<Item = &Member> {

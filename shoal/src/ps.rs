@@ -136,6 +136,7 @@ async fn router(entry: (&String, &Member)) -> Line {
             "ejections": status.ejections, "stale_replies": status.stale_replies, "failures": status.failures,
             "tokens_out": status.tokens_out, "steps": status.steps, "leader": status.leader,
             "placement": status.placement, "missing": missing, "under_replicated": status.under_replicated,
+            "unsettled_bytes": status.unsettled_bytes,
         }),
         ..silent
     }
@@ -166,6 +167,7 @@ async fn expert(entry: (&String, &Member)) -> Line {
             "shard_bytes": status.shard_bytes, "memory_bytes_max": status.memory_bytes_max,
             "placement": status.placement, "frames": status.frames, "frames_failed": status.frames_failed,
             "frames_late": status.frames_late, "rows": status.rows, "open_streams": status.open_streams,
+            "unsettled_bytes": status.unsettled_bytes,
         }),
         ..silent
     }

@@ -18,7 +18,7 @@ use crate::{
         Cluster, Endpoint, Http, ask,
         http::Response,
         sse::{Answer, Events},
-        within,
+        wait_for, within,
     },
 };
 
@@ -124,4 +124,43 @@ async fn half_the_experts_take_half_the_memory() {
         }
         assert!(half.resident_bytes as f64 >= 0.5 * half.shard_bytes as f64, "it was used: {half:?}");
     }
+}
+
+/// From the second start on, weights are where their files are mapped and then in huge pages; a process that is gone in the
+/// middle of that, or a cache folder, costs nobody anything.
+#[tokio::test]
+async fn answers_do_not_depend_on_where_weights_are() {
+    let cache = tempfile::tempdir().expect("a temporary folder");
+    let folder = cache.path().to_str().expect("a name");
+    let flags = ["--weights", "q8", "--cache-dir", folder, "--huge-pages", "true"];
+    let start = async || {
+        let cluster = Cluster::builder(&minnow()).experts(2).without_gateway().router_args(&flags);
+        cluster.expert_args(0, &flags).expert_args(1, &flags).start().await
+    };
+    let prompt: Vec<u32> = (2..200).collect();
+    let ask = async |cluster: &Cluster| {
+        let generated = crate::harness::clients::generate(cluster.router.router(), &prompt, 8).await;
+        generated.expect("the router answers").ids
+    };
+    let first = start().await;
+    let expected = ask(&first).await;
+    assert_eq!(first.router_status().await.unsettled_bytes, 0, "made, not found");
+
+    let mut cluster = start().await;
+    // Whether it was still moving or not, there is an answer.
+    cluster.experts[0].process.kill();
+    cluster.restart_expert(0).await;
+    cluster.servers_ready().await;
+    assert_eq!(ask(&cluster).await, expected);
+    for member in cluster.members() {
+        wait_for("weights in huge pages", async || {
+            let log = member.process.log();
+            if log.contains("moved into huge pages") { Ok(()) } else { Err(log) }
+        })
+        .await;
+    }
+    let left = [cluster.expert_status(0).await, cluster.expert_status(1).await].map(|of| of.unsettled_bytes);
+    assert_eq!((left, cluster.router_status().await.unsettled_bytes), ([0; 2], 0));
+    drop(cache);
+    assert_eq!(ask(&cluster).await, expected);
 }

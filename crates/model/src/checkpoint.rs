@@ -5,6 +5,7 @@ mod digest;
 mod header;
 pub(crate) mod memory;
 pub(crate) mod packed;
+mod settle;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -51,8 +52,9 @@ pub struct Checkpoint {
     weights: Weights,
     /// Where quantized matrices are kept from one start to the next.
     cache_dir: Option<PathBuf>,
-    /// They are read into huge pages, not mapped.
+    /// They are meant for huge pages, not to stay in their files' mappings.
     huge_pages: bool,
+    unsettled: settle::Unsettled,
 }
 
 /// Mapped bytes of some tensors.
@@ -111,8 +113,17 @@ impl Checkpoint {
             )));
         }
         let fingerprint = fingerprint(dir, tensors.keys().chain(absent.keys()).collect())?;
-        let (weights, cache_dir, huge_pages) = (Weights::Stored, None, false);
-        Ok(Self { config, files, tensors, absent, fingerprint, weights, cache_dir, huge_pages })
+        Ok(Self {
+            config,
+            files,
+            tensors,
+            absent,
+            fingerprint,
+            weights: Weights::Stored,
+            cache_dir: None,
+            huge_pages: false,
+            unsettled: settle::Unsettled::default(),
+        })
     }
 
     /// Its matrices are quantized when they are loaded, or mapped from `cache_dir`, where they are written first.
@@ -121,7 +132,8 @@ impl Checkpoint {
         Self { weights, cache_dir, ..self }
     }
 
-    /// Quantized matrices are read into huge pages where that is true, and stay in their files' mappings otherwise.
+    /// Quantized matrices are packed into huge pages where that is true, or moved there by [`Checkpoint::settle`] if they are
+    /// found in files. Otherwise they stay in their files' mappings.
     #[must_use]
     pub fn with_huge_pages(self, huge_pages: bool) -> Self {
         Self { huge_pages, ..self }

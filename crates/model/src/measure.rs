@@ -28,90 +28,100 @@ const READ_PART: usize = 1 << 20;
 const WIDTH: usize = 2048;
 /// Outputs of the matrices that many rows are multiplied with.
 const OUTPUTS: usize = 8 * 1536;
-/// The best of so many runs counts, of kernels and limits alike.
+/// The best of so many runs counts, of kernels and limits alike. They are by turns: what a machine can do changes within
+/// seconds.
 const RUNS: usize = 5;
+
+/// Work, in operations or bytes, and what does it.
+type Run<'a> = (f64, &'a dyn Fn());
+
+/// The best rates of `kernel` and of `limit`, in billions a second.
+fn rates(elapsed: &dyn Fn() -> Duration, kernel: Run<'_>, limit: Run<'_>) -> (f64, f64) {
+    let time = |run: &dyn Fn()| {
+        let before = elapsed();
+        run();
+        elapsed().saturating_sub(before).as_secs_f64().max(1e-9)
+    };
+    let (mut of_kernel, mut of_limit) = (f64::MAX, f64::MAX);
+    for _ in 0..RUNS {
+        of_limit = of_limit.min(time(limit.1));
+        of_kernel = of_kernel.min(time(kernel.1));
+    }
+    (kernel.0 / of_kernel / 1e9, limit.0 / of_limit / 1e9)
+}
 
 /// Measures with the threads installed here. `elapsed` is the time since whenever.
 pub fn kernels(elapsed: &dyn Fn() -> Duration, huge_pages: bool) -> Result<Vec<Figure>, Error> {
-    let rate = |work: f64, run: &dyn Fn()| {
-        let time = |_| {
-            let before = elapsed();
-            run();
-            elapsed().saturating_sub(before).as_secs_f64().max(1e-9)
-        };
-        work / (0..RUNS).map(time).fold(f64::MAX, f64::min) / 1e9
-    };
     let n_threads = threads::count();
     let mut memory = Memory::new(MEMORY_BYTES, huge_pages)
         .map_err(|error| Error::new(format!("no memory for {MEMORY_BYTES} bytes: {error}")))?;
     memory.fill(FILL);
     let parts: Vec<&[u8]> = memory.chunks(READ_PART).collect();
-    let read = rate(MEMORY_BYTES as f64, &|| {
+    let read = || {
         threads::run(parts.len(), &|part| {
             black_box(limits::read(parts[part]));
         });
-    });
-    let peak = |count: &(dyn Fn() -> usize + Sync)| {
-        let n = count();
-        rate((2 * n * n_threads) as f64, &|| {
-            threads::run(n_threads, &|_| {
-                black_box(count());
-            });
-        })
     };
-    let peak_i8 = peak(&|| black_box(limits::multiply_i8(black_box(1))).0);
-    let peak_f32 = peak(&|| black_box(limits::multiply_f32(black_box(1.0))).0);
+    let on_all_threads =
+        |run: &(dyn Fn() -> usize + Sync)| threads::run(n_threads, &|_| _ = black_box(run()));
+    let work_of = |run: &dyn Fn() -> usize| (2 * run() * n_threads) as f64;
+    let multiply_i8 = || black_box(limits::multiply_i8(black_box(1))).0;
+    let multiply_f32 = || black_box(limits::multiply_f32(black_box(1.0))).0;
+    let (limit_i8, limit_f32) = (|| on_all_threads(&multiply_i8), || on_all_threads(&multiply_f32));
+    let bytes: Run<'_> = (MEMORY_BYTES as f64, &read);
+    let int8: Run<'_> = (work_of(&multiply_i8), &limit_i8);
+    let f32: Run<'_> = (work_of(&multiply_f32), &limit_f32);
+    let mut figures = Vec::new();
+    let mut compare = |name: String, unit, kernel: Run<'_>, limit: Run<'_>| {
+        let (value, limit) = rates(elapsed, kernel, limit);
+        figures.push(Figure { name, unit, value, limit });
+    };
 
-    let mut figures = vec![Figure { name: "read".to_owned(), unit: "GB/s", value: read, limit: read }];
     if Isa::detect().has_tiles() {
-        let value = peak(&|| black_box(limits::multiply_tiles()));
-        figures.push(Figure { name: "int8, tiles alone".to_owned(), unit: "GOP/s", value, limit: peak_i8 });
+        let tiles = || on_all_threads(&limits::multiply_tiles);
+        compare("int8, tiles alone".to_owned(), "GOP/s", (work_of(&limits::multiply_tiles), &tiles), int8);
     }
     let names = [(Bits::Eight, "int8"), (Bits::Four, "int4")];
     for (bits, name) in names {
         let outputs = MEMORY_BYTES / bits.panel_bytes(WIDTH) * packed::OUTPUTS;
         let n_bytes = bits.matrix_bytes(outputs, WIDTH);
-        let x = vec![0.5; WIDTH];
-        let rows = packed::Rows::quantize(&x, WIDTH);
-        let value = rate(n_bytes as f64, &|| {
+        let rows = packed::Rows::quantize(&[0.5; WIDTH], WIDTH);
+        let run = || {
             let factors = Factors::Packed(&rows, bits, &memory[..n_bytes]);
             black_box(products(&[Product { width: WIDTH, outputs, factors }]));
-        });
-        figures.push(Figure { name: format!("{name}, 1 row"), unit: "GB/s", value, limit: read });
+        };
+        compare(format!("{name}, 1 row"), "GB/s", (n_bytes as f64, &run), bytes);
     }
     let halves: &[bf16] = bytemuck::cast_slice(&memory[..MEMORY_BYTES]);
-    let x = vec![0.5; WIDTH];
-    let value = rate(MEMORY_BYTES as f64, &|| {
-        let factors = Factors::Bf16(&x, halves);
+    let run = || {
+        let factors = Factors::Bf16(&[0.5; WIDTH], halves);
         black_box(products(&[Product { width: WIDTH, outputs: halves.len() / WIDTH, factors }]));
-    });
-    figures.push(Figure { name: "bf16, 1 row".to_owned(), unit: "GB/s", value, limit: read });
+    };
+    compare("bf16, 1 row".to_owned(), "GB/s", (MEMORY_BYTES as f64, &run), bytes);
     for n_rows in [16, 64, 512] {
         let x = vec![0.5; n_rows * WIDTH];
         let rows = packed::Rows::quantize(&x, WIDTH);
         let work = (2 * n_rows * WIDTH * OUTPUTS) as f64;
         for (bits, name) in names {
             let n_bytes = bits.matrix_bytes(OUTPUTS, WIDTH);
-            let value = rate(work, &|| {
+            let run = || {
                 let factors = Factors::Packed(&rows, bits, &memory[..n_bytes]);
                 black_box(products(&[Product { width: WIDTH, outputs: OUTPUTS, factors }]));
-            });
-            let name = format!("{name}, {n_rows} rows");
-            figures.push(Figure { name, unit: "GOP/s", value, limit: peak_i8 });
+            };
+            compare(format!("{name}, {n_rows} rows"), "GOP/s", (work, &run), int8);
         }
-        let value = rate(work, &|| {
+        let run = || {
             let factors = Factors::Bf16(&x, &halves[..OUTPUTS * WIDTH]);
             black_box(products(&[Product { width: WIDTH, outputs: OUTPUTS, factors }]));
-        });
-        let name = format!("bf16, {n_rows} rows");
-        figures.push(Figure { name, unit: "GFLOP/s", value, limit: peak_f32 });
+        };
+        compare(format!("bf16, {n_rows} rows"), "GFLOP/s", (work, &run), f32);
     }
-    figures.push(attention(&rate, peak_f32));
+    attention(|name, kernel| compare(name, "GFLOP/s", kernel, f32));
     Ok(figures)
 }
 
 /// Heads of DeepSeek's size over 2,048 latents.
-fn attention(rate: &dyn Fn(f64, &dyn Fn()) -> f64, limit: f64) -> Figure {
+fn attention(compare: impl FnOnce(String, Run<'_>)) {
     const ROW: usize = 576;
     const LATENT: usize = 512;
     const POSITIONS: usize = 2048;
@@ -122,12 +132,12 @@ fn attention(rate: &dyn Fn(f64, &dyn Fn()) -> f64, limit: f64) -> Figure {
     let mut q = Lines::zeros(HEADS_MAX * ROW);
     q.fill(0.01);
     let work = 2 * TASKS * HEADS_MAX * POSITIONS * (ROW + LATENT);
-    let value = rate(work as f64, &|| {
+    let run = || {
         threads::run(TASKS, &|_| {
             let mut sums = Lines::zeros(HEADS_MAX * LATENT);
             attend(Isa::detect(), &q, &rows, 1.0, &mut sums, &mut [Softmax::NOTHING; HEADS_MAX]);
             black_box(sums);
         });
-    });
-    Figure { name: format!("attention over {POSITIONS} positions"), unit: "GFLOP/s", value, limit }
+    };
+    compare(format!("attention over {POSITIONS} positions"), (work as f64, &run));
 }

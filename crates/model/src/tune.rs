@@ -17,7 +17,7 @@ pub struct Tuning {
     pub threads: NonZeroUsize,
     /// Turns of its loop that a thread without work looks for the next step before it sleeps.
     pub spins: u32,
-    /// Weights are read into huge pages instead of being mapped.
+    /// Quantized weights are for huge pages instead of mapped files.
     pub huge_pages: bool,
 }
 

@@ -91,7 +91,17 @@ impl Shard {
         Ok(held)
     }
 
-    /// Ends a [`Shard::hold`] under way soon, with an error: nobody waits for it any more.
+    /// Copies what was loaded from cache files into huge pages, if those were chosen: [`Checkpoint::settle`].
+    pub(crate) fn settle(&self) -> Result<u64, model::Error> {
+        self.checkpoint.settle(&|| !self.stopped.load(Ordering::Relaxed))
+    }
+
+    /// Bytes of experts that [`Shard::settle`] has not moved yet.
+    pub(crate) fn unsettled_bytes(&self) -> u64 {
+        self.checkpoint.unsettled_bytes()
+    }
+
+    /// Ends a [`Shard::hold`] or [`Shard::settle`] under way soon: nobody waits for it any more.
     pub(crate) fn stop_loading(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }

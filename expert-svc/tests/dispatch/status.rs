@@ -7,7 +7,7 @@ use proto::{Frame, WIRE_VERSION, v1};
 
 use crate::{
     checkpoint::{Model, N_EXPERTS},
-    harness::{Server, frame},
+    harness::{Server, frame, watched},
 };
 
 fn holds(status: &v1::ExpertStatus) -> Vec<(u32, Vec<u32>)> {
@@ -106,4 +106,31 @@ async fn half_the_experts_map_half_the_bytes() {
     }
     let used = server.status().await;
     assert!(used.resident_bytes >= used.shard_bytes, "{} of {}", used.resident_bytes, used.shard_bytes);
+}
+
+#[tokio::test]
+async fn cached_experts_serve_where_they_are_mapped_and_move_into_huge_pages() {
+    let model = Model::random(256, 256).write();
+    let cache = tempfile::tempdir().unwrap();
+    let flags = ["--weights", "q8", "--cache-dir", cache.path().to_str().unwrap(), "--huge-pages", "true"];
+    let frame = frame(256, 2, &[0, 1, 2, 3]);
+    let first = Server::start(model.dir.path(), &flags).await;
+    assert_eq!(first.status().await.unsettled_bytes, 0, "what was just quantized is in memory");
+    let expected = first.router().await.ask(frame.clone()).await.unwrap().rows.to_f32();
+
+    let server = Server::start(model.dir.path(), &flags).await;
+    let mut router = server.router().await;
+    assert_eq!(router.ask(frame.clone()).await.unwrap().rows.to_f32(), expected);
+    let status = watched("moving the experts", async {
+        loop {
+            let status = server.status().await;
+            assert!(status.unsettled_bytes <= status.shard_bytes);
+            if status.unsettled_bytes == 0 {
+                return status;
+            }
+        }
+    });
+    let status = status.await;
+    assert!(status.resident_bytes >= status.shard_bytes, "copied: {status:?}");
+    assert_eq!(router.ask(frame).await.unwrap().rows.to_f32(), expected);
 }

@@ -36,7 +36,9 @@ impl Local {
             .flat_map(|layer| experts.clone().map(move |expert| (layer, expert)))
             .collect();
         let experts = Experts::load(&checkpoint, &all)?;
-        Ok(Self { backbone: Backbone::load(&checkpoint)?, experts, threads: tuning.start()? })
+        let backbone = Backbone::load(&checkpoint)?;
+        checkpoint.settle(&|| true)?;
+        Ok(Self { backbone, experts, threads: tuning.start()? })
     }
 
     pub(super) fn vocab(&self) -> u32 {

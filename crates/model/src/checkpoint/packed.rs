@@ -3,7 +3,8 @@
 //! A **unit** is what is packed, hashed and cached together: an expert, one matrix of attention. Its file has a page of
 //! JSON, filled with blanks, and then the packed matrices, each at a multiple of 64 bytes. It is written under another
 //! name first, so that nobody ever sees half of it, and read against its own hash, so that what a disk has lost is made
-//! anew and never computed with.
+//! anew and never computed with. What is found in such a file is computed with where it is mapped; `settle` moves it from
+//! there.
 
 use std::{
     fs::{self, File},
@@ -12,7 +13,7 @@ use std::{
     ops::Range,
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use ids::WeightsHash;
@@ -33,7 +34,7 @@ use crate::{
 
 /// Of the layout: a file of another one is made anew.
 const VERSION: u32 = 3;
-const HEADER_BYTES: usize = 4096;
+pub(super) const HEADER_BYTES: usize = 4096;
 const ALIGNMENT: usize = 64;
 
 /// How matrices are kept in memory.
@@ -107,15 +108,15 @@ pub(crate) struct Shape {
 #[derive(Debug)]
 pub(crate) enum Blob {
     Memory(Memory),
-    /// The file's bytes behind its header.
-    Mapped(Mmap),
+    /// The file's bytes behind its header, and a copy of them that is read instead once there is one.
+    Mapped(Mmap, OnceLock<Memory>),
 }
 
 impl Blob {
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Self::Memory(bytes) => bytes,
-            Self::Mapped(map) => map,
+            Self::Mapped(map, copy) => copy.get().map_or(map, |copy| copy),
         }
     }
 
@@ -123,10 +124,13 @@ impl Blob {
     pub(crate) fn addresses(&self) -> Range<usize> {
         match self {
             Self::Memory(memory) => memory.addresses(),
-            Self::Mapped(map) => {
-                let start = map.as_ptr() as usize;
-                start..start + map.len()
-            }
+            Self::Mapped(map, copy) => copy.get().map_or_else(
+                || {
+                    let start = map.as_ptr() as usize;
+                    start..start + map.len()
+                },
+                Memory::addresses,
+            ),
         }
     }
 }
@@ -171,9 +175,9 @@ impl Checkpoint {
             n_bytes,
             hash: String::new(),
         };
-        let found = path.as_deref().and_then(|path| read(path, &mut wanted, self.huge_pages));
+        let found = path.as_deref().and_then(|path| read(path, &mut wanted));
         let (blob, hash) = match found {
-            Some(found) => found,
+            Some((map, hash)) => (Blob::Mapped(map, OnceLock::new()), hash),
             None => {
                 let mapped = self.map(tensors)?;
                 let mut bytes = Memory::new(n_bytes, self.huge_pages)
@@ -196,12 +200,15 @@ impl Checkpoint {
                     })?;
                 }
                 match &path {
-                    Some(path) if !self.huge_pages => (map(path)?, hash),
+                    Some(path) if !self.huge_pages => (Blob::Mapped(map(path)?, OnceLock::new()), hash),
                     Some(_) | None => (Blob::Memory(bytes), hash),
                 }
             }
         };
         let blob = Arc::new(blob);
+        if let (true, Some(path)) = (self.huge_pages, path) {
+            self.unsettled.add(&blob, path, hash);
+        }
         let matrix = |(shape, (start, n)): (&Shape, &(usize, usize))| {
             Linear::packed(Arc::clone(&blob), *start..start + n, bits, shape.outputs, shape.width)
         };
@@ -259,7 +266,7 @@ fn places(bits: Bits, shapes: &[Shape]) -> Vec<(usize, usize)> {
 }
 
 /// None: there is none, or it is not what is wanted, or it was damaged; all of them are made anew.
-fn read(path: &Path, wanted: &mut Header, huge_pages: bool) -> Option<(Blob, u64)> {
+fn read(path: &Path, wanted: &mut Header) -> Option<(Mmap, u64)> {
     let file = File::open(path).ok()?;
     if file.metadata().ok()?.len() != (HEADER_BYTES + wanted.n_bytes) as u64 {
         return None;
@@ -272,25 +279,18 @@ fn read(path: &Path, wanted: &mut Header, huge_pages: bool) -> Option<(Blob, u64
         return None;
     }
     // Through the file: what the disk cannot read is an error here, and would end the process in a mapping.
-    let (blob, hash) = if huge_pages {
-        let mut bytes = Memory::new(wanted.n_bytes, true).ok()?;
-        let hash = digest::read_into(&file, HEADER_BYTES as u64, &mut bytes).ok()?;
-        (Blob::Memory(bytes), hash)
-    } else {
-        let hash = digest::of_file(path, HEADER_BYTES as u64, wanted.n_bytes as u64).ok()?;
-        (map(path).ok()?, hash)
-    };
-    (header.hash == format!("{hash:016x}")).then_some((blob, hash))
+    let hash = digest::of_file(path, HEADER_BYTES as u64, wanted.n_bytes as u64).ok()?;
+    (header.hash == format!("{hash:016x}")).then_some((map(path).ok()?, hash))
 }
 
 #[expect(
     unsafe_code,
     reason = "a mapped file is sound as long as nobody writes to it: cache files are only ever replaced"
 )]
-fn map(path: &Path) -> Result<Blob, Error> {
+fn map(path: &Path) -> Result<Mmap, Error> {
     let wrong = |error: std::io::Error| Error::new(format!("cannot map {}: {error}", path.display()));
     let file = File::open(path).map_err(wrong)?;
-    unsafe { MmapOptions::new().offset(HEADER_BYTES as u64).map(&file) }.map(Blob::Mapped).map_err(wrong)
+    unsafe { MmapOptions::new().offset(HEADER_BYTES as u64).map(&file) }.map_err(wrong)
 }
 
 fn write(path: &Path, header: &Header, bytes: &[u8]) -> std::io::Result<()> {
