@@ -13,6 +13,9 @@ use super::{
 /// How far ahead of what is read the first cache has it.
 const NEAR_BYTES: usize = 512;
 
+/// So much of a matrix meets all rows before the next part does: it stays in a core's second cache.
+const BLOCK_BYTES: usize = 128 << 10;
+
 /// A stored number, read as f32 exactly.
 pub(crate) trait Weight: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
@@ -55,6 +58,10 @@ pub(crate) fn matmul<W: Weight>(isa: Isa, x: &[f32], w: &[W], width: usize, y: &
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
     fn avx512<W: Weight>(x: &[f32], w: &[W], width: usize, y: &mut [f32]) {
+        if x.len() == width {
+            // One row waits for memory alone, and for eight streams of it least.
+            return stripe::<Avx512, W, 1, 8>(x, w, width, 0, y);
+        }
         matmul_with::<Avx512, W, 4, 4>(x, w, width, y);
     }
     match isa {
@@ -81,41 +88,46 @@ fn matmul_with<V: Lanes, W: Weight, const ROWS: usize, const OUTPUTS: usize>(
     if n_outputs == 0 {
         return;
     }
-    for (x, y) in x.chunks(ROWS * width).zip(y.chunks_mut(ROWS * n_outputs)) {
-        macro_rules! stripe_of {
-            ($($n:literal)*) => {
-                match y.len() / n_outputs {
-                    $($n if $n <= ROWS => stripe::<V, W, $n, OUTPUTS>(x, w, width, y),)*
-                    n => unreachable!("{n} rows in a block"),
-                }
-            };
+    let n_block = (BLOCK_BYTES / (width * size_of::<W>())).next_multiple_of(OUTPUTS).max(OUTPUTS);
+    for (block, w) in w.chunks(n_block * width).enumerate() {
+        for (x, y) in x.chunks(ROWS * width).zip(y.chunks_mut(ROWS * n_outputs)) {
+            macro_rules! stripe_of {
+                ($($n:literal)*) => {
+                    match y.len() / n_outputs {
+                        $($n if $n <= ROWS => stripe::<V, W, $n, OUTPUTS>(x, w, width, block * n_block, y),)*
+                        n => unreachable!("{n} rows in a block"),
+                    }
+                };
+            }
+            stripe_of!(1 2 3 4 5 6 7 8);
         }
-        stripe_of!(1 2 3 4 5 6 7 8);
     }
 }
 
-/// A few rows times all outputs.
+/// A few rows times some outputs, of which the first is the `first` of `y`.
 #[inline(always)]
 fn stripe<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
     x: &[f32],
     w: &[W],
     width: usize,
+    first: usize,
     y: &mut [f32],
 ) {
     let x: [&[f32]; R] = std::array::from_fn(|row| &x[row * width..][..width]);
-    let n_outputs = w.len() / width;
+    let n_outputs = y.len() / R;
     let output = |output: usize| &w[output * width..][..width];
-    let mut first = 0;
-    while first + OUTPUTS <= n_outputs {
-        let products = dots::<V, W, R, OUTPUTS, true>(x, std::array::from_fn(|at| output(first + at)));
+    let n = w.len() / width;
+    let mut at = 0;
+    while at + OUTPUTS <= n {
+        let products = dots::<V, W, R, OUTPUTS, true>(x, std::array::from_fn(|next| output(at + next)));
         for (r, products) in products.into_iter().enumerate() {
-            y[r * n_outputs + first..][..OUTPUTS].copy_from_slice(&products);
+            y[r * n_outputs + first + at..][..OUTPUTS].copy_from_slice(&products);
         }
-        first += OUTPUTS;
+        at += OUTPUTS;
     }
-    for at in first..n_outputs {
+    for at in at..n {
         for (r, [product]) in dots::<V, W, R, 1, false>(x, [output(at)]).into_iter().enumerate() {
-            y[r * n_outputs + at] = product;
+            y[r * n_outputs + first + at] = product;
         }
     }
 }

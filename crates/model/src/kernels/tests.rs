@@ -38,6 +38,35 @@ proptest! {
     }
 }
 
+/// Blocks that stay in a cache: several, the last not whole, and one of the least outputs.
+#[test]
+fn a_matrix_of_several_blocks_has_the_same_bits_as_its_outputs_alone() {
+    for (width, n_outputs) in [(515, 137), (40_000, 7)] {
+        let numbers = |n: usize, step: usize| -> Vec<f32> {
+            (0..n).map(|i| ((i * step) % 199) as f32 / 99.0 - 1.0).collect()
+        };
+        let (x, w) = (numbers(5 * width, 17), numbers(n_outputs * width, 31));
+        let halves: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        for isa in Isa::all() {
+            for n_rows in [1, 5] {
+                let x = &x[..n_rows * width];
+                let (mut y, mut y_halves) = (vec![0.0; n_rows * n_outputs], vec![0.0; n_rows * n_outputs]);
+                matmul(isa, x, &w, width, &mut y);
+                matmul(isa, x, &halves, width, &mut y_halves);
+                for at in 0..y.len() {
+                    let (row, output) = (at / n_outputs, at % n_outputs);
+                    let (x, place) = (&x[row * width..][..width], output * width..(output + 1) * width);
+                    let (mut alone, mut alone_of_halves) = (0.0, 0.0);
+                    matmul(isa, x, &w[place.clone()], width, std::slice::from_mut(&mut alone));
+                    matmul(isa, x, &halves[place], width, std::slice::from_mut(&mut alone_of_halves));
+                    assert_eq!(y[at].to_bits(), alone.to_bits(), "{isa:?} {row} {output}");
+                    assert_eq!(y_halves[at].to_bits(), alone_of_halves.to_bits(), "{isa:?} {row} {output}");
+                }
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn exponentials_are_summed_as_libm_does(
