@@ -45,6 +45,8 @@ impl Expert for Api {
         _request: Request<v1::ExpertStatusRequest>,
     ) -> Result<Response<v1::ExpertStatus>, Status> {
         let counts = self.streams.counters.counts();
+        // Before the resident bytes: what is said to be copied is in memory.
+        let unsettled_bytes = self.presence.shard().unsettled_bytes();
         // Before what is held: a placement that is said to be applied is.
         let record = self.presence.record();
         let shard = self.presence.shard();
@@ -79,7 +81,7 @@ impl Expert for Api {
             listen: self.listen.to_string(),
             unix_socket: self.unix_socket.clone().unwrap_or_default(),
             reads_blocks: shard.reads_blocks(),
-            unsettled_bytes: shard.unsettled_bytes(),
+            unsettled_bytes,
         }))
     }
 }

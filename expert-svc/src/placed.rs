@@ -60,10 +60,11 @@ async fn hold(presence: &Presence, version: Version, wanted: Holds) -> bool {
     let names = describe(&wanted);
     tracing::info!(%version, wanted = names, "applying a placement");
     let held = tokio::task::spawn_blocking(move || shard.hold(&wanted)).await;
+    // What was loaded for nothing is forgotten there, too.
+    settle::beside(presence.shard());
     let error = match held {
         Ok(Ok(held)) => {
             presence.applied(version);
-            settle::beside(presence.shard());
             let Held { holds, epoch, experts } = &*held;
             tracing::info!(
                 %version,

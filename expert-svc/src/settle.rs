@@ -10,6 +10,6 @@ pub(crate) fn beside(shard: &Arc<Shard>) {
     tokio::task::spawn_blocking(move || match shard.settle() {
         Ok(0) => {}
         Ok(bytes) => tracing::info!(bytes, "experts moved into huge pages"),
-        Err(error) => tracing::warn!(%error, "experts stay where their files are mapped"),
+        Err(error) => tracing::warn!(%error, "some experts stay where their files are mapped"),
     });
 }

@@ -135,7 +135,9 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     meters::read_status(&process.metrics, move |now| reported.report(now));
     tracing::info!(%address, %instance, ?tuning, checkpoint = checkpoint.fingerprint(), "router listens");
     ready(address);
-    settle(Arc::clone(&checkpoint), tasks.clone());
+    let settling = tasks.token().child_token();
+    let _settling_ends = settling.clone().drop_guard();
+    settle(Arc::clone(&checkpoint), move || !settling.is_cancelled());
     let served = serve(listener, api, &process.metrics, &tasks);
     let deadline = async {
         tasks.shutting_down().await;
@@ -159,11 +161,11 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
 
 /// On a thread of its own, moves what was loaded from cache files into huge pages, if those were chosen. It is computed with
 /// meanwhile.
-fn settle(checkpoint: Arc<Checkpoint>, tasks: Tasks) {
-    tokio::task::spawn_blocking(move || match checkpoint.settle(&|| !tasks.is_shutting_down()) {
+fn settle(checkpoint: Arc<Checkpoint>, go_on: impl Fn() -> bool + Send + 'static) {
+    tokio::task::spawn_blocking(move || match checkpoint.settle(&go_on) {
         Ok(0) => {}
         Ok(bytes) => tracing::info!(bytes, "weights moved into huge pages"),
-        Err(error) => tracing::warn!(%error, "weights stay where their files are mapped"),
+        Err(error) => tracing::warn!(%error, "some weights stay where their files are mapped"),
     });
 }
 

@@ -63,6 +63,8 @@ pub(crate) const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::n
 
 /// How long a router may take to find its experts and calibrate.
 const READY_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long weights may take to get into huge pages without any progress.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 const READY_POLL: Duration = Duration::from_millis(20);
 
 pub(crate) struct Cluster {
@@ -144,24 +146,35 @@ impl Cluster {
 
     /// Waits until weights are where they stay: for whoever measures. Requests are answered before that.
     pub(crate) async fn settled(&self) -> anyhow::Result<()> {
-        let wait = async {
-            for member in &self.experts {
-                let mut client = ExpertClient::new(channel(&format!("http://{}", member.address)).await?);
-                let mut status = async || client.status(v1::ExpertStatusRequest {}).await;
-                while status().await?.into_inner().unsettled_bytes > 0 {
+        let mut left = self.unsettled_bytes().await?;
+        while left > 0 {
+            let less = async {
+                loop {
                     tokio::time::sleep(READY_POLL).await;
+                    let now = self.unsettled_bytes().await?;
+                    if now < left {
+                        return anyhow::Ok(now);
+                    }
                 }
-            }
-            for member in &self.routers {
-                let mut client = router_client(member.address).await?;
-                let mut status = async || client.status(v1::RouterStatusRequest {}).await;
-                while status().await?.into_inner().unsettled_bytes > 0 {
-                    tokio::time::sleep(READY_POLL).await;
-                }
-            }
-            anyhow::Ok(())
-        };
-        tokio::time::timeout(READY_TIMEOUT, wait).await.context("weights do not get into huge pages")?
+            };
+            left = tokio::time::timeout(SETTLE_TIMEOUT, less).await.with_context(|| {
+                format!("{left} bytes of weights do not get into huge pages; --huge-pages=false leaves them mapped")
+            })??;
+        }
+        Ok(())
+    }
+
+    async fn unsettled_bytes(&self) -> anyhow::Result<u64> {
+        let mut n_bytes = 0;
+        for member in &self.experts {
+            let mut client = ExpertClient::new(channel(&format!("http://{}", member.address)).await?);
+            n_bytes += client.status(v1::ExpertStatusRequest {}).await?.into_inner().unsettled_bytes;
+        }
+        for member in &self.routers {
+            let mut client = router_client(member.address).await?;
+            n_bytes += client.status(v1::RouterStatusRequest {}).await?.into_inner().unsettled_bytes;
+        }
+        Ok(n_bytes)
     }
 
     pub(crate) fn members(&self) -> impl Iterator<Item = &Member> {

@@ -126,8 +126,8 @@ async fn half_the_experts_take_half_the_memory() {
     }
 }
 
-/// From the second start on, weights are where their files are mapped and then in huge pages; a process that is gone in the
-/// middle of that, or a cache folder, costs nobody anything.
+/// From the second start on, weights are where their files are mapped and then in huge pages; a process that is gone
+/// meanwhile, or afterwards the cache folder, costs nobody anything.
 #[tokio::test]
 async fn answers_do_not_depend_on_where_weights_are() {
     let cache = tempfile::tempdir().expect("a temporary folder");

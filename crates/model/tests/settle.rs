@@ -3,9 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
+    cell::Cell,
     fs,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
@@ -81,48 +81,73 @@ fn experts_compute_while_they_are_moved() {
     for _ in 0..20 {
         let checkpoint = open(cache.path());
         let experts = Experts::load(&checkpoint, &pairs(&checkpoint)).unwrap();
-        let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                // Two at a time, as after a second placement.
-                let moved = thread::scope(|both| {
-                    let moves = [(); 2].map(|()| both.spawn(|| checkpoint.settle(&|| true).unwrap()));
-                    moves.map(|moved| moved.join().unwrap()).iter().sum::<u64>()
-                });
-                is_over.store(true, Ordering::Release);
-                assert_eq!(moved, experts.shard_bytes());
-            });
+            // Two at a time, as after a second placement.
+            let moves = [(); 2].map(|()| scope.spawn(|| checkpoint.settle(&|| true).unwrap()));
             loop {
-                let last = is_over.load(Ordering::Acquire);
+                let last = moves.iter().all(thread::ScopedJoinHandle::is_finished);
                 assert_eq!(outputs(&checkpoint, &experts), expected);
                 if last {
                     break;
                 }
             }
+            let moved = moves.map(|moved| moved.join().unwrap());
+            assert_eq!(moved.iter().sum::<u64>(), experts.shard_bytes());
         });
     }
 }
 
+#[test]
+fn whoever_stops_in_the_middle_can_go_on() {
+    let (cache, files, expected) = cached();
+    let checkpoint = open(cache.path());
+    let experts = Experts::load(&checkpoint, &pairs(&checkpoint)).unwrap();
+    let (asked, bytes) = (Cell::new(0), experts.shard_bytes() / files.len() as u64);
+    let moved = checkpoint.settle(&|| asked.replace(asked.get() + 1) < 3).unwrap();
+    assert_eq!((moved, checkpoint.unsettled_bytes()), (3 * bytes, experts.shard_bytes() - 3 * bytes));
+    assert_eq!(outputs(&checkpoint, &experts), expected);
+    assert_eq!(checkpoint.settle(&|| true).unwrap(), experts.shard_bytes() - 3 * bytes);
+    assert_eq!(outputs(&checkpoint, &experts), expected);
+}
+
 /// Cache files are replaced, never changed: the old one is still mapped.
 #[test]
-fn a_file_that_cannot_be_copied_stays_mapped() {
+fn a_file_that_cannot_be_copied_stays_mapped_and_no_other_does() {
     let (cache, files, expected) = cached();
+    let whole = fs::read(&files[3]).unwrap();
+    let bytes = whole.len() as u64 - 4096;
     for damage in [None, Some(9), Some(usize::MAX)] {
         let checkpoint = open(cache.path());
         let experts = Experts::load(&checkpoint, &pairs(&checkpoint)).unwrap();
-        let mut bytes = fs::read(&files[0]).unwrap();
-        fs::remove_file(&files[0]).unwrap();
+        fs::remove_file(&files[3]).unwrap();
         if let Some(len) = damage {
-            bytes.truncate(len);
-            *bytes.last_mut().unwrap() ^= 1;
-            fs::write(&files[0], bytes).unwrap();
+            let mut other = whole.clone();
+            other.truncate(len);
+            *other.last_mut().unwrap() ^= 1;
+            fs::write(&files[3], other).unwrap();
         }
         let error = checkpoint.settle(&|| true).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("cannot copy {}: ", files[0].display())), "{error}");
-        assert_eq!((checkpoint.unsettled_bytes(), checkpoint.settle(&|| true).unwrap()), (0, 0));
+        let moved = experts.shard_bytes() - bytes;
+        let counts = format!("({moved} bytes were copied, {bytes} are not)");
+        assert!(error.starts_with(&format!("cannot copy {}: ", files[3].display())), "{error}");
+        assert!(error.ends_with(&counts), "{error}, not {counts}");
+        assert_eq!(checkpoint.unsettled_bytes(), bytes);
         assert_eq!(outputs(&checkpoint, &experts), expected, "{error}");
-        // Made anew.
-        let checkpoint = open(cache.path());
-        Experts::load(&checkpoint, &pairs(&checkpoint)[..1]).unwrap();
+
+        fs::remove_file(&files[3]).ok();
+        fs::write(&files[3], &whole).unwrap();
+        assert_eq!((checkpoint.settle(&|| true).unwrap(), checkpoint.unsettled_bytes()), (bytes, 0));
+        assert_eq!(outputs(&checkpoint, &experts), expected);
     }
+}
+
+#[test]
+fn what_was_loaded_for_nothing_does_not_wait() {
+    let (cache, files, _) = cached();
+    let checkpoint = open(cache.path());
+    // The last one has to be made again, and cannot be written.
+    fs::remove_file(&files[files.len() - 1]).unwrap();
+    fs::create_dir(&files[files.len() - 1]).unwrap();
+    Experts::load(&checkpoint, &pairs(&checkpoint)).err().expect("a file that is a folder");
+    assert_eq!((checkpoint.unsettled_bytes(), checkpoint.settle(&|| true).unwrap()), (0, 0));
 }

@@ -1,7 +1,7 @@
 //! XXH3-64 over tensors as they are stored. Read through the file and not through a mapping: what a disk cannot read or a
 //! file has lost is an error here, where a mapping would end the process.
 
-use std::{fs::File, hash::Hasher as _, os::unix::fs::FileExt as _, path::Path};
+use std::{fs::File, hash::Hasher as _, os::unix::fs::FileExt as _};
 
 use ids::WeightsHash;
 use twox_hash::XxHash3_64;
@@ -20,18 +20,19 @@ impl Checkpoint {
         for (name, shape) in tensors {
             let (info, _) = self.info(name, shape)?;
             let path = &self.files[info.file];
-            read(path, info.offset, info.n_bytes, &mut buffer, |bytes| hash.write(bytes)).map_err(
-                |error| Error::new(format!("cannot read tensor {name} in {}: {error}", path.display())),
-            )?;
+            let wrong =
+                |error| Error::new(format!("cannot read tensor {name} in {}: {error}", path.display()));
+            let file = File::open(path).map_err(wrong)?;
+            read(&file, info.offset, info.n_bytes, &mut buffer, |bytes| hash.write(bytes)).map_err(wrong)?;
         }
         Ok(WeightsHash(hash.finish()))
     }
 }
 
 /// XXH3-64 over a part of a file.
-pub(super) fn of_file(path: &Path, offset: u64, n_bytes: u64) -> std::io::Result<u64> {
+pub(super) fn of_file(file: &File, offset: u64, n_bytes: u64) -> std::io::Result<u64> {
     let mut hash = XxHash3_64::new();
-    read(path, offset, n_bytes, &mut vec![0; CHUNK_BYTES], |bytes| hash.write(bytes))?;
+    read(file, offset, n_bytes, &mut vec![0; CHUNK_BYTES], |bytes| hash.write(bytes))?;
     Ok(hash.finish())
 }
 
@@ -47,14 +48,13 @@ pub(super) fn read_into(file: &File, offset: u64, bytes: &mut [u8]) -> std::io::
     Ok(hash.finish())
 }
 
-pub(super) fn read(
-    path: &Path,
+fn read(
+    file: &File,
     offset: u64,
     n_bytes: u64,
     buffer: &mut [u8],
     mut see: impl FnMut(&[u8]),
 ) -> std::io::Result<()> {
-    let file = File::open(path)?;
     let (mut at, end) = (offset, offset + n_bytes);
     while at < end {
         let chunk = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());

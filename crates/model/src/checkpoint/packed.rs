@@ -9,7 +9,7 @@
 use std::{
     fs::{self, File},
     hash::Hasher as _,
-    io::Write as _,
+    io::{self, Write as _},
     ops::Range,
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
@@ -200,7 +200,12 @@ impl Checkpoint {
                     })?;
                 }
                 match &path {
-                    Some(path) if !self.huge_pages => (Blob::Mapped(map(path)?, OnceLock::new()), hash),
+                    Some(path) if !self.huge_pages => {
+                        let map = File::open(path).and_then(|file| map(&file)).map_err(|error| {
+                            Error::new(format!("cannot map cache file {}: {error}", path.display()))
+                        })?;
+                        (Blob::Mapped(map, OnceLock::new()), hash)
+                    }
                     Some(_) | None => (Blob::Memory(bytes), hash),
                 }
             }
@@ -279,21 +284,19 @@ fn read(path: &Path, wanted: &mut Header) -> Option<(Mmap, u64)> {
         return None;
     }
     // Through the file: what the disk cannot read is an error here, and would end the process in a mapping.
-    let hash = digest::of_file(path, HEADER_BYTES as u64, wanted.n_bytes as u64).ok()?;
-    (header.hash == format!("{hash:016x}")).then_some((map(path).ok()?, hash))
+    let hash = digest::of_file(&file, HEADER_BYTES as u64, wanted.n_bytes as u64).ok()?;
+    (header.hash == format!("{hash:016x}")).then_some((map(&file).ok()?, hash))
 }
 
 #[expect(
     unsafe_code,
     reason = "a mapped file is sound as long as nobody writes to it: cache files are only ever replaced"
 )]
-fn map(path: &Path) -> Result<Mmap, Error> {
-    let wrong = |error: std::io::Error| Error::new(format!("cannot map {}: {error}", path.display()));
-    let file = File::open(path).map_err(wrong)?;
-    unsafe { MmapOptions::new().offset(HEADER_BYTES as u64).map(&file) }.map_err(wrong)
+fn map(file: &File) -> io::Result<Mmap> {
+    unsafe { MmapOptions::new().offset(HEADER_BYTES as u64).map(file) }
 }
 
-fn write(path: &Path, header: &Header, bytes: &[u8]) -> std::io::Result<()> {
+fn write(path: &Path, header: &Header, bytes: &[u8]) -> io::Result<()> {
     let mut json = serde_json::to_vec(header)?;
     json.resize(HEADER_BYTES, b' ');
     let dir = path.parent().unwrap_or(Path::new("."));
