@@ -8,7 +8,7 @@ use std::{
 };
 
 use cluster::{RoutingTable, table};
-use model::{Backbone, Pages, Span};
+use model::{Backbone, Pages, Span, threads};
 use proto::{Code, Error};
 use telemetry::Tracer;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -19,7 +19,7 @@ use crate::{
     forward::{CombineMode, Fate, Forward, Step, forward},
     meters::Meters,
     remote::Remote,
-    sampling::{Draw, sample},
+    sampling::{Draw, Drawn, sample},
     scheduler::{RETRY_AFTER, Scheduled, Scheduler},
     sequence::{Event, Parked, Sequence},
     spans::{LayerLog, Part, Policy, StepLog, Trail, Usual, record, record_queue},
@@ -269,6 +269,29 @@ impl Engine {
         result
     }
 
+    /// Draws the next token of each sequence that has all of its rows; the threads share the sequences.
+    fn draw(&self, rows: &RowsToHead, logits: &[f32]) -> Vec<(usize, Drawn)> {
+        let vocab_size = self.backbone.config().vocab_size;
+        let running = self.scheduler.running();
+        let complete: Vec<_> = rows
+            .wanted
+            .iter()
+            .zip(rows.split(logits, vocab_size))
+            .filter(|(wanted, _)| running[wanted.sequence].n_pending() == 0)
+            .collect();
+        threads::map(complete.len(), |at| {
+            let (wanted, logits) = complete[at];
+            let sequence = &running[wanted.sequence];
+            let draw = Draw {
+                position: sequence.n_generated() as u64,
+                banned: sequence.banned_ids(),
+                n_top: sequence.request.top_logprobs,
+            };
+            let last = &logits[logits.len() - vocab_size..];
+            (wanted.sequence, sample(last, &sequence.request.sampling, draw))
+        })
+    }
+
     /// Turns what was computed into tokens, and what was not into waiting or errors. Gives the sequences that ended, and
     /// when everything was computed and nobody had been told yet.
     fn deliver(&mut self, batch: &[Scheduled], result: Forward, now: Instant) -> (Vec<usize>, Instant) {
@@ -302,7 +325,6 @@ impl Engine {
             self.scheduler.running_mut(index).send(Event::Failed(error));
             finished.push(index);
         }
-        let mut draws = Vec::with_capacity(rows.wanted.len());
         for (wanted, logits) in rows.wanted.iter().zip(rows.split(&logits, vocab_size)) {
             let sequence = self.scheduler.running_mut(wanted.sequence);
             if wanted.as_prompt_logits > 0 {
@@ -310,16 +332,8 @@ impl Engine {
                 sequence.send(Event::PromptLogits { first_position: sequence.n_logits_sent, values });
                 sequence.n_logits_sent += wanted.as_prompt_logits;
             }
-            if sequence.n_pending() == 0 {
-                let last = &logits[logits.len() - vocab_size..];
-                let draw = Draw {
-                    position: sequence.n_generated() as u64,
-                    banned: sequence.banned_ids(),
-                    n_top: sequence.request.top_logprobs,
-                };
-                draws.push((wanted.sequence, sample(last, &sequence.request.sampling, draw)));
-            }
         }
+        let draws = self.draw(&rows, &logits);
         // One after the other without a pause: whoever sends them on is mostly woken once, and not anew for each.
         for (index, drawn) in draws {
             let sequence = self.scheduler.running_mut(index);
