@@ -1,6 +1,7 @@
 //! How an expert server is called: at its address, or through a Unix socket when it is on this host.
 
 use std::{
+    error::Error as _,
     net::{IpAddr, SocketAddr, UdpSocket},
     time::Duration,
 };
@@ -11,7 +12,10 @@ use proto::{
     Code, Error,
     v1::{self, expert_client::ExpertClient},
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A server that answers no ping for this long has no more frames on it: found within 3 s together with the interval.
@@ -84,6 +88,16 @@ pub(crate) fn unix_socket_of<'a>(status: &'a v1::ExpertStatus, address: &str) ->
 /// Only to addresses of its own does a host bind (but where `ip_nonlocal_bind` lets it: there the name and its user decide).
 fn is_of_this_host(ip: IpAddr) -> bool {
     UdpSocket::bind((ip, 0)).is_ok()
+}
+
+/// Why an open stream broke: what the server said, or what happened to the connection.
+pub(crate) fn broken(status: &Status) -> Error {
+    match status.source() {
+        None => Error::from_status(status),
+        Some(cause) => {
+            Error::new(Code::Unavailable, "transport", format!("the connection broke: {}", innermost(cause)))
+        }
+    }
 }
 
 /// The last error of a chain: what the system said.

@@ -306,7 +306,7 @@ impl Links {
             Ok(None) => {
                 Err(Error::new(Code::Unavailable, "stream_ended", format!("{instance} ended its stream")))
             }
-            Err(status) => Err(Error::from_status(&status)),
+            Err(status) => Err(dial::broken(&status)),
         }
     }
 
