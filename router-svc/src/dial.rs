@@ -123,6 +123,16 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_breaks_by_what_the_server_said_or_by_its_connection() {
+        let said = Error::new(Code::Unavailable, "draining", "this expert server is draining");
+        assert_eq!(broken(&said.clone().into()), said);
+        let reset = std::io::Error::other(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        let error = broken(&Status::from_error(Box::new(reset)));
+        assert_eq!((error.code, error.reason.as_ref()), (Code::Unavailable, "transport"));
+        assert_eq!(error.message, "the connection broke: connection reset");
+    }
+
+    #[test]
     fn a_unix_socket_is_of_who_answered_at_the_address() {
         check("127.0.0.1:7001", "it", "127.0.0.1:7001", Some("it"));
         check("0.0.0.0:7001", "it", "127.0.0.1:7001", Some("it"));

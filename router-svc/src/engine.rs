@@ -279,7 +279,7 @@ impl Engine {
             .zip(rows.split(logits, vocab_size))
             .filter(|(wanted, _)| running[wanted.sequence].n_pending() == 0)
             .collect();
-        let draw = |at: usize| {
+        let of = |at: usize| {
             let (wanted, logits) = complete[at];
             let sequence = &running[wanted.sequence];
             let draw = Draw {
@@ -290,7 +290,7 @@ impl Engine {
             let last = &logits[logits.len() - vocab_size..];
             (wanted.sequence, sample(last, &sequence.request.sampling, draw))
         };
-        threads::share(complete.len() * vocab_size, || threads::map(complete.len(), draw))
+        threads::share(complete.len() * vocab_size, || threads::map(complete.len(), of))
     }
 
     /// Turns what was computed into tokens, and what was not into waiting or errors. Gives the sequences that ended, and
