@@ -7,11 +7,11 @@ use proto::{
     Error,
     v1::{self, expert_server::Expert},
 };
+use shard::Held;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     presence::{Presence, device},
-    shard::Held,
     slot::Replies,
     stream::Streams,
 };

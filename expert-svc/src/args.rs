@@ -4,11 +4,9 @@ use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use cluster::Registry;
 use model::Weights;
+use shard::{Problems, Selection};
 
-use crate::{
-    memory,
-    selection::{Problems, Selection},
-};
+use crate::memory;
 
 /// Flags of an expert server.
 #[derive(Clone, Debug, clap::Args)]

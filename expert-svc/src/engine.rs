@@ -7,7 +7,6 @@
 
 use std::{
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError, TryLockError,
         atomic::{AtomicUsize, Ordering},
@@ -18,10 +17,10 @@ use std::{
 
 use model::Threads;
 use proto::{Code, Error, Frame, Reply, frame::Computed};
+use shard::Combined;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    combine::Combined,
     counters::Receipt,
     observe::{Observers, Times},
     slot::Slot,
@@ -187,7 +186,7 @@ impl Job {
                 Err(late(&frame, waited, timeout))
             }
             Some(_) | None => {
-                let outcome = computed(&frame, compute);
+                let outcome = shard::guarded(&frame, compute);
                 // Counted before it is sent: who has the reply sees it in the counters.
                 match &outcome {
                     Ok(_) => receipt.computed(&frame),
@@ -209,23 +208,6 @@ impl Job {
         let times = Times { received, queued, started, computed, replied };
         observers.answered(&times, traced.as_ref(), failure.as_ref());
     }
-}
-
-/// A panic is a fault of ours: it fails its frame and not the server.
-fn computed(frame: &Frame, compute: &Compute) -> Result<Combined, Error> {
-    // Unwind safe: all that is shared with the next frame are weights, which nobody writes.
-    let outcome = catch_unwind(AssertUnwindSafe(|| compute(frame))).unwrap_or_else(|_| {
-        Err(Error::internal(format!(
-            "frame {} (layer {}) panicked while it was computed",
-            frame.id, frame.layer
-        )))
-    });
-    if let Err(error) = &outcome
-        && error.code == Code::Internal
-    {
-        tracing::error!(frame = %frame.id, layer = %frame.layer, reason = %error.reason, %error, "frame failed");
-    }
-    outcome
 }
 
 fn late(frame: &Frame, waited: Duration, timeout: Duration) -> Error {

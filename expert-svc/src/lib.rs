@@ -1,7 +1,7 @@
 //! An expert server: holds some routed experts of a checkpoint and computes them for routers.
 //!
-//! A frame's way, in order: [`stream`] receives it, [`engine`] queues it, [`shard`] computes it with [`group`]
-//! (rows by expert) and [`combine`] (weighted sums), [`slot`] carries the reply back. Frames are stateless: nothing
+//! A frame's way, in order: [`stream`] receives it, [`engine`] queues it, [`shard`] computes it, [`slot`] carries the reply
+//! back. Frames are stateless: nothing
 //! is kept between two of them, so any holder of the same experts gives the same bits.
 //!
 //! Its life, in order: [`service`] assembles it, [`lifecycle`] loads, serves and leaves, [`presence`] tells others what
@@ -9,20 +9,16 @@
 
 mod api;
 mod args;
-mod combine;
 mod counters;
 mod engine;
-mod group;
 mod handover;
 mod lifecycle;
 mod memory;
 mod observe;
 mod placed;
 mod presence;
-mod selection;
 mod service;
 mod settle;
-mod shard;
 mod slot;
 mod stream;
 
@@ -31,6 +27,6 @@ pub use service::run;
 pub use stream::FRAMES_PER_STREAM_MAX;
 
 #[cfg(test)]
-#[path = "../tests/dispatch/checkpoint.rs"]
+#[path = "../../crates/shard/src/checkpoint.rs"]
 #[expect(dead_code, reason = "the tests behind a socket use all of it")]
 mod checkpoint;

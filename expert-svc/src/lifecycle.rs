@@ -5,20 +5,13 @@ use std::{future::Future, pin::pin, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use cluster::{Holds, Session, State};
 use proto::v1::expert_server::ExpertServer;
+use shard::{Held, describe};
 use telemetry::Tasks;
 use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, transport};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use crate::{
-    api::Api,
-    engine::Engine,
-    handover, placed,
-    presence::Presence,
-    settle,
-    shard::{Held, describe},
-    stream::Streams,
-};
+use crate::{api::Api, engine::Engine, handover, placed, presence::Presence, settle, stream::Streams};
 
 /// What health is reported of.
 const SERVICES: [&str; 2] = ["", <ExpertServer<Api> as NamedService>::NAME];

@@ -4,14 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use cluster::{Holds, Placement};
 use ids::Version;
+use shard::{Held, describe};
 use telemetry::Tasks;
 use tokio::sync::watch;
 
-use crate::{
-    presence::Presence,
-    settle,
-    shard::{Held, describe},
-};
+use crate::{presence::Presence, settle};
 
 /// How long a placement that could not be applied waits for another try: a disk may have been busy, memory may be freed.
 const TRY_AGAIN: Duration = Duration::from_secs(5);

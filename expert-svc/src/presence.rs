@@ -6,7 +6,7 @@ use cluster::{Announcement, Holdings, Record, Role, Session, State};
 use ids::{InstanceId, Version};
 use proto::WIRE_VERSION;
 
-use crate::shard::Shard;
+use shard::Shard;
 
 /// One instance, from its start to its end.
 pub(crate) struct Presence {

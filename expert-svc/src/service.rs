@@ -16,6 +16,7 @@ use model::{
     tune::{Tuning, Wanted},
 };
 use proto::{HTTP2_FRAME_BYTES, HTTP2_WINDOW_BYTES, MESSAGE_BYTES_MAX, v1::expert_server::ExpertServer};
+use shard::{Selection, Shard};
 use telemetry::{Metrics, Process, Tasks};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
@@ -35,8 +36,6 @@ use crate::{
     memory,
     observe::{self, Observers},
     presence::Presence,
-    selection::Selection,
-    shard::Shard,
     stream::Streams,
 };
 
@@ -194,7 +193,7 @@ fn open(
         anyhow::bail!("the checkpoint {} has no routed experts", model.display());
     }
     let experts = selection.experts(n_experts)?;
-    Ok(Shard::new(checkpoint, &experts, memory_bytes_max))
+    Ok(Shard::new(Arc::new(checkpoint), &experts, memory_bytes_max))
 }
 
 /// Where processes of this host find this server too. Abstract: the name is in no folder, and gone with the process.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::shard::Shard;
+use shard::Shard;
 
 /// Moves what is held now, if huge pages were chosen for it, on a thread of its own.
 pub(crate) fn beside(shard: &Arc<Shard>) {

@@ -6,6 +6,7 @@ use anyhow::{Context as _, bail, ensure};
 use cluster::{Registry, health};
 use model::{ModelConfig, Pages, Weights};
 use proto::rows::Dtype;
+use shard::{Problems, Selection};
 
 /// How the contributions of a row's experts are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -47,7 +48,7 @@ pub enum OnMissingExpert {
     Skip,
 }
 
-/// Run a router: attention, gate and KV cache; the experts are elsewhere.
+/// Run a router: attention, gate and KV cache; the experts are elsewhere, or some of them in the router too.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// Checkpoint folder in Hugging Face layout
@@ -69,9 +70,17 @@ pub struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, env = "SHOAL_LISTEN", default_value = "127.0.0.1:0", value_name = "HOST:PORT")]
     pub listen: SocketAddr,
-    /// Where the expert servers are: static://host:port,host:port or etcd://host:2379/prefix
-    #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL")]
-    pub registry: Registry,
+    /// Where the expert servers are: static://host:port,host:port or etcd://host:2379/prefix. Without it there are none, and
+    /// this router holds every expert
+    #[arg(long, env = "SHOAL_REGISTRY", value_name = "URL", required_unless_present_any = ["shard", "experts"])]
+    pub registry: Option<Registry>,
+    /// The parts of every layer's experts that this router holds itself, such as 1/4 or 1/4,3/4; 1/1: all. They are computed
+    /// without being sent, for this router alone: no placement counts them [default: none]
+    #[arg(long, env = "SHOAL_ROUTER_SHARD", value_name = "I/N")]
+    pub shard: Option<String>,
+    /// The experts of every layer that this router holds itself, such as 0-7,12
+    #[arg(long, env = "SHOAL_ROUTER_EXPERTS", value_name = "LIST")]
+    pub experts: Option<String>,
     /// Address at which gateways reach this router, if it is not the one it listens on
     #[arg(long, env = "SHOAL_ADVERTISE", value_name = "HOST:PORT")]
     pub advertise: Option<String>,
@@ -179,6 +188,16 @@ pub(crate) struct Limits {
 }
 
 impl Args {
+    /// Where the others are.
+    pub(crate) fn registry(&self) -> Registry {
+        self.registry.clone().unwrap_or_else(|| Registry::Static(Vec::new()))
+    }
+
+    /// The experts that this router holds itself.
+    pub(crate) fn inside(&self) -> Result<Selection, Problems> {
+        Selection::parse(self.shard.as_deref(), self.experts.as_deref(), true)
+    }
+
     pub(crate) fn health(&self) -> health::Limits {
         health::Limits {
             hedge_after_min: self.hedge_after_min,

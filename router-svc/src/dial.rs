@@ -27,6 +27,8 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum Transport {
     Tcp,
     Unix,
+    /// None: the experts are in this process.
+    Inside,
 }
 
 impl Transport {
@@ -34,6 +36,7 @@ impl Transport {
         match self {
             Self::Tcp => "tcp",
             Self::Unix => "unix",
+            Self::Inside => "inside",
         }
     }
 }

@@ -15,6 +15,8 @@ mod engine;
 mod event_loop;
 mod flight;
 mod forward;
+mod identity;
+mod inside;
 mod link;
 mod meters;
 mod placer;

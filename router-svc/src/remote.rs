@@ -21,6 +21,7 @@ use crate::{
     dispatch::Activations,
     event_loop::EventLoop,
     flight::{Counts, Flight, FrameIds, Landed, Order, Surroundings, note_late},
+    inside::Inside,
 };
 
 /// Frames that may wait on one link. A layer orders one frame a server, a few for long batches; a link that is this
@@ -61,6 +62,7 @@ pub(crate) struct Remote {
     ids: FrameIds,
     counts: Counts,
     dispatch_timeout: Duration,
+    inside: Option<Inside>,
 }
 
 /// What a socket takes at once with Linux's defaults. What is more goes on while the engine computes.
@@ -75,6 +77,7 @@ impl Remote {
         events: UnboundedReceiver<LinkEvent>,
         dispatch_timeout: Duration,
         limits: health::Limits,
+        inside: Option<Inside>,
     ) -> Self {
         Self {
             event_loop: Arc::new(event_loop),
@@ -85,6 +88,7 @@ impl Remote {
             ids: FrameIds::new(u64::from_be_bytes(new_span_id().to_bytes())),
             counts: Counts::default(),
             dispatch_timeout,
+            inside,
         }
     }
 
@@ -145,7 +149,12 @@ impl Remote {
         self.hear_late();
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
         let n_bytes = |frame: &Frame| frame.rows.n_bytes() + frame.assignments.len() * ASSIGNMENT_BYTES;
-        let is_large = orders.iter().any(|order| n_bytes(&order.frame) > SOCKET_BYTES);
+        let mut leave = orders.iter().filter(|order| !self.is_inside(&order.holder)).peekable();
+        if leave.peek().is_none() {
+            self.send(&mut flight, orders);
+            return flight;
+        }
+        let is_large = leave.any(|order| n_bytes(&order.frame) > SOCKET_BYTES);
         // On their way before anything else is computed.
         let event_loop = Arc::clone(&self.event_loop);
         event_loop.turn(|| self.send(&mut flight, orders));
@@ -157,21 +166,22 @@ impl Remote {
 
     /// Waits until every row is home or lost.
     pub(crate) fn land(&mut self, mut flight: Flight) -> Landed {
+        self.compute_inside(&mut flight);
         while !flight.is_home() {
             let wake_at = [flight.next_tick(), self.health.next_tick()].into_iter().flatten().min();
             let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(now()));
-            let orders = match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
-                Ok(Some(LinkEvent::Reply { instance, reply })) => self.accept(&mut flight, &instance, reply),
-                Ok(Some(LinkEvent::Broken { instance, error })) => {
-                    let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
-                    self.health.leave(&instance);
-                    orders
-                }
-                Ok(Some(LinkEvent::Table)) | Err(_) => Vec::new(),
+            let mut heard = match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
+                Ok(Some(event)) => Some(event),
+                Err(_) => None,
                 // The links are gone: the process is ending. What is outstanding counts as lost.
                 Ok(None) => break,
             };
-            self.send(&mut flight, orders);
+            // All that is here: nobody is late whose reply is.
+            while let Some(event) = heard {
+                let orders = self.hear(&mut flight, event);
+                self.send(&mut flight, orders);
+                heard = self.events.try_recv().ok();
+            }
             let orders = self.decide(|around| {
                 let is_due = wake_at.is_some_and(|at| at <= around.now);
                 let mut orders = if is_due { tick(&mut flight, around) } else { Vec::new() };
@@ -179,8 +189,36 @@ impl Remote {
                 orders
             });
             self.send(&mut flight, orders);
+            self.compute_inside(&mut flight);
         }
         flight.land()
+    }
+
+    fn is_inside(&self, holder: &InstanceId) -> bool {
+        self.inside.as_ref().is_some_and(|inside| inside.instance() == holder)
+    }
+
+    /// The frames of the experts in this process. Others work at theirs meanwhile, and are heard.
+    fn compute_inside(&mut self, flight: &mut Flight) {
+        if self.inside.as_ref().is_some_and(Inside::is_due) && !self.view.load().links.is_empty() {
+            self.event_loop.hand_over();
+        }
+        while let Some((instance, reply)) = self.inside.as_mut().and_then(|inside| inside.reply(now)) {
+            let orders = self.accept(flight, &instance, reply);
+            self.send(flight, orders);
+        }
+    }
+
+    fn hear(&mut self, flight: &mut Flight, event: LinkEvent) -> Vec<Order> {
+        match event {
+            LinkEvent::Reply { instance, reply } => self.accept(flight, &instance, reply),
+            LinkEvent::Broken { instance, error } => {
+                let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
+                self.health.leave(&instance);
+                orders
+            }
+            LinkEvent::Table => Vec::new(),
+        }
     }
 
     fn accept(&mut self, flight: &mut Flight, instance: &InstanceId, reply: Reply) -> Vec<Order> {
@@ -201,6 +239,10 @@ impl Remote {
     fn send(&mut self, flight: &mut Flight, orders: Vec<Order>) {
         let mut orders = VecDeque::from(orders);
         while let Some(Order { holder, frame }) = orders.pop_front() {
+            if let Some(inside) = self.inside.as_mut().filter(|inside| *inside.instance() == holder) {
+                inside.put(frame);
+                continue;
+            }
             let view = self.view();
             let why = match view.links.get(&holder).map(Sender::try_reserve) {
                 Some(Ok(place)) => {

@@ -26,7 +26,9 @@ use crate::{
     args::Args,
     engine::{Command, Engine, Observers},
     event_loop::EventLoop,
-    link::{Identity, Links},
+    identity::Identity,
+    inside::{self, Inside},
+    link::Links,
     meters::{self, Meters},
     placer::Placer,
     remote::{Remote, View},
@@ -38,6 +40,7 @@ use crate::{
 /// and `Status` says which.
 pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
     let tasks = process.tasks.clone();
+    let (registry, selection) = (args.registry(), args.inside()?);
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr().context("the listening socket has no address")?;
@@ -58,8 +61,30 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let limits = args.limits(backbone.config())?;
     let config = backbone.config().clone();
     let instance = InstanceId::from(format!("router-{}", process.instance).as_str());
-    let advertised = cluster::advertised(args.advertise.as_deref(), address, &args.registry)
+    let advertised = cluster::advertised(args.advertise.as_deref(), address, &registry)
         .context("cannot register this router")?;
+
+    let inside = match selection.experts(config.n_routed_experts as u32)? {
+        none if none.is_empty() => None,
+        some if some.len() < config.n_routed_experts && args.registry.is_none() => {
+            let (n, of) = (some.len(), config.n_routed_experts);
+            anyhow::bail!(
+                "this router holds {n} of {of} experts a layer, and no --registry says who holds the others"
+            )
+        }
+        experts => Some(Inside::new(instance.clone(), Arc::clone(&checkpoint), &experts)),
+    };
+    if let Some(inside) = &inside {
+        tokio::select! {
+            loaded = inside::load(Arc::clone(inside.shard())) => loaded.context("cannot load the experts")?,
+            () = tasks.shutting_down() => {
+                inside.shard().stop_loading();
+                tracing::info!("stopped while loading");
+                return Ok(());
+            }
+        }
+    }
+    let held_here = inside.as_ref().map(|inside| inside.holder(&advertised));
 
     let (commands, mut inbox) = unbounded_channel();
     let (events, replies) = unbounded_channel();
@@ -67,7 +92,8 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let links_live = event_loop.handle();
     let view = Arc::new(ArcSwap::from_pointee(View::default()));
     let stats = Arc::new(Stats::default());
-    let remote = Remote::new(event_loop, Arc::clone(&view), replies, limits.dispatch_timeout, args.health());
+    let remote =
+        Remote::new(event_loop, Arc::clone(&view), replies, limits.dispatch_timeout, args.health(), inside);
     let observers = Observers {
         meters: Meters::new(
             &process.metrics,
@@ -87,9 +113,12 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
     let identity =
         Identity { checkpoint: checkpoint.fingerprint().to_owned(), hidden_size: config.hidden_size };
     let links = Links::new(identity, view, events, commands.clone(), links_live, args.unix_sockets);
+    if let Some(holder) = held_here {
+        links.hold(holder)?;
+    }
     // Links outlive the drain: running requests need their experts until the end.
     let link_tasks = Tasks::new();
-    let session = Session::open(&args.registry, &link_tasks).context("cannot use --registry")?;
+    let session = Session::open(&registry, &link_tasks).context("cannot use --registry")?;
     session.observe(&process.metrics);
     links.follow(session.members(Role::Expert), &link_tasks);
 

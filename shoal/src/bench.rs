@@ -1,7 +1,6 @@
 //! `shoal bench`: tokens a second of a cluster of this machine's own, without gateway and tokenizer.
 
 mod kernels;
-mod local;
 mod round_trip;
 
 use std::{
@@ -22,7 +21,6 @@ use proto::{
 use serde::Serialize;
 use tonic::transport::Channel;
 
-use self::local::Local;
 use crate::{
     checkpoint_dir,
     cluster::{Cluster, Plan, Where, router_client},
@@ -45,7 +43,7 @@ pub(crate) struct Args {
     model: Option<PathBuf>,
     #[command(flatten)]
     weights: WeightsArgs,
-    /// Numbers of expert servers; 0: all in one process, without router and network, for comparison
+    /// Numbers of expert servers; 0: the router holds the experts, in one process
     #[arg(long, value_delimiter = ',', default_value = "2", value_name = "N,…")]
     experts: Vec<usize>,
     /// Lengths of prompts whose prefill is timed; 0: none
@@ -142,17 +140,14 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     for experts in args.experts.chunks(together.max(1)) {
         let mut subjects = Vec::with_capacity(experts.len());
         for &experts in experts {
-            let subject = Subject::start(&args, &model, experts).await?;
-            // The same for all.
-            let prompts = Prompts { vocab: subject.vocab().await?, state: 1 };
-            subjects.push((subject, prompts));
+            subjects.push(Subject::start(&args, &model, experts).await?);
         }
         for &case in &cases {
             figures.extend(compare(&mut subjects, experts, case, &args).await?);
             progress.inc(experts.len() as u64);
         }
-        for (subject, _) in subjects {
-            subject.stop().await;
+        for subject in subjects {
+            subject.cluster.stop().await;
         }
     }
     progress.finish_and_clear();
@@ -162,7 +157,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// The figures of `case`, measured by turns.
 async fn compare(
-    subjects: &mut [(Subject, Prompts)],
+    subjects: &mut [Subject],
     experts: &[usize],
     case: Case,
     args: &Args,
@@ -172,8 +167,8 @@ async fn compare(
         for turn in 0..subjects.len() {
             // Each begins a round once.
             let at = (round + turn) % subjects.len();
-            let (subject, prompts) = &mut subjects[at];
-            let rate = subject.measure(case, args.decode, prompts).await;
+            let Subject { client, prompts, .. } = &mut subjects[at];
+            let rate = measure(client, case, args.decode, prompts).await;
             let rate = rate.with_context(|| format!("{case} with {} expert servers", experts[at]))?;
             if round >= args.warm_up {
                 rates[at].push(rate);
@@ -204,43 +199,21 @@ fn median(mut values: Vec<f64>) -> f64 {
     f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
 }
 
-/// What is measured.
-enum Subject {
-    Cluster { cluster: Box<Cluster>, client: RouterClient<Channel> },
-    Local(Box<Local>),
+/// A cluster that is measured.
+struct Subject {
+    cluster: Cluster,
+    client: RouterClient<Channel>,
+    prompts: Prompts,
 }
 
 impl Subject {
     async fn start(args: &Args, model: &Path, experts: usize) -> anyhow::Result<Self> {
-        if experts == 0 {
-            return Ok(Self::Local(Box::new(Local::load(model, &args.weights)?)));
-        }
         let cluster = Cluster::start(&plan(args, model.to_owned(), experts)).await?;
         cluster.settled().await?;
-        let client = router_client(cluster.routers[0].address).await?;
-        Ok(Self::Cluster { cluster: Box::new(cluster), client })
-    }
-
-    async fn vocab(&self) -> anyhow::Result<u32> {
-        Ok(match self {
-            Self::Cluster { client, .. } => {
-                client.clone().status(v1::RouterStatusRequest {}).await?.into_inner().vocab_size
-            }
-            Self::Local(local) => local.vocab(),
-        })
-    }
-
-    async fn measure(&self, case: Case, decode: u32, prompts: &mut Prompts) -> anyhow::Result<f64> {
-        match self {
-            Self::Cluster { client, .. } => measure(client, case, decode, prompts).await,
-            Self::Local(local) => local.measure(case, decode, prompts),
-        }
-    }
-
-    async fn stop(self) {
-        if let Self::Cluster { cluster, .. } = self {
-            cluster.stop().await;
-        }
+        let mut client = router_client(cluster.routers[0].address).await?;
+        let status = client.status(v1::RouterStatusRequest {}).await?.into_inner();
+        // The same for all.
+        Ok(Self { cluster, client, prompts: Prompts { vocab: status.vocab_size, state: 1 } })
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, BufRead as _, IsTerminal as _, Write},
-    num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
@@ -39,9 +38,9 @@ pub(crate) struct Args {
     /// Checkpoint folder of the cluster to start [default: the bundled model minnow]
     #[arg(long, env = "SHOAL_MODEL", value_name = "DIR", conflicts_with = "url")]
     model: Option<PathBuf>,
-    /// Expert servers of the cluster to start
+    /// Expert servers of the cluster to start; 0: its router holds the experts
     #[arg(long, default_value = "2", value_name = "N", conflicts_with = "url")]
-    experts: NonZeroUsize,
+    experts: usize,
     #[command(flatten)]
     weights: WeightsArgs,
     /// Most tokens of an answer [default: as many as the context takes]
@@ -88,7 +87,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 async fn start(args: &Args) -> anyhow::Result<Cluster> {
     let plan = Plan {
         model: checkpoint_dir::find(args.model.as_deref())?,
-        experts: Plan::shards(args.experts.get(), 1),
+        experts: Plan::shards(args.experts, 1),
         registry: Where::Static,
         routers: 1,
         router_args: Vec::new(),

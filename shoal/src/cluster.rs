@@ -21,7 +21,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) model: PathBuf,
-    /// The flags that say what each expert server holds; with etcd none: the placement says it.
+    /// The flags that say what each expert server holds; with etcd none: the placement says it. Without a server, routers hold
+    /// every expert.
     pub(crate) experts: Vec<Vec<String>>,
     pub(crate) registry: Where,
     pub(crate) routers: usize,
@@ -124,8 +125,13 @@ impl Cluster {
         let experts: Vec<Member> = futures_util::future::try_join_all(starts).await?;
         let starts = (0..plan.routers).map(|i| {
             let name = if plan.routers == 1 { "router".to_owned() } else { format!("router{}", i + 1) };
-            let args = [registry(&experts), plan.router_args.clone()].concat();
-            let role = "attention, gate, KV cache".to_owned();
+            let (args, role) = if plan.experts.is_empty() {
+                let others = if in_etcd.is_some() { registry(&[]) } else { Vec::new() };
+                ([others, vec!["--shard=1/1".to_owned()]].concat(), "attention, gate, KV cache, experts")
+            } else {
+                (registry(&experts), "attention, gate, KV cache")
+            };
+            let (args, role) = ([args, plan.router_args.clone()].concat(), role.to_owned());
             Member::start(spec(name, role, "router", LOCAL, args), &tasks)
         });
         let routers: Vec<Member> = futures_util::future::try_join_all(starts).await?;

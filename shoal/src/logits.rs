@@ -36,9 +36,9 @@ pub(crate) struct Args {
     /// Where to write
     #[arg(long, value_name = "OUT")]
     out: PathBuf,
-    /// Expert servers
+    /// Expert servers; 0: the router holds the experts
     #[arg(long, default_value = "1", value_name = "N")]
-    experts: NonZeroUsize,
+    experts: usize,
     /// Spread the experts over the servers at random, by this seed, instead of in contiguous parts
     #[arg(long, value_name = "SEED")]
     scatter: Option<u64>,
@@ -100,8 +100,8 @@ fn plan(args: &Args) -> anyhow::Result<Plan> {
     flag("combine", args.combine.and_then(name_of));
     flag("wire", args.wire.and_then(name_of));
     let experts = match args.scatter {
-        None => Plan::shards(args.experts.get(), 1),
-        Some(seed) => scatter(seed, args.experts.get(), &args.dir)?,
+        None => Plan::shards(args.experts, 1),
+        Some(seed) => scatter(seed, args.experts, &args.dir)?,
     };
     Ok(Plan {
         model: args.dir.clone(),
@@ -125,7 +125,7 @@ fn name_of(value: impl clap::ValueEnum) -> Option<String> {
 /// A random set of experts for each server; none is left empty.
 fn scatter(seed: u64, n_servers: usize, dir: &std::path::Path) -> anyhow::Result<Vec<Vec<String>>> {
     let n_experts = model::ModelConfig::load(dir)?.n_routed_experts;
-    ensure!(n_servers <= n_experts, "{n_servers} servers cannot share {n_experts} experts");
+    ensure!((1..=n_experts).contains(&n_servers), "{n_servers} servers cannot share {n_experts} experts");
     let mut order: Vec<usize> = (0..n_experts).collect();
     let mut state = seed;
     for at in (1..n_experts).rev() {

@@ -24,9 +24,9 @@ pub(crate) struct Args {
     /// Checkpoint folder [default: the bundled model minnow]
     #[arg(long, env = "SHOAL_MODEL", value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Expert servers; each holds its part of every layer's experts
+    /// Expert servers; each holds its part of every layer's experts. 0: every router holds all of them itself
     #[arg(long, env = "SHOAL_UP_EXPERTS", default_value = "2", value_name = "N")]
-    experts: NonZeroUsize,
+    experts: usize,
     /// How many expert servers hold each expert
     #[arg(long, env = "SHOAL_REPLICAS", default_value = "1", value_name = "N")]
     replicas: NonZeroUsize,
@@ -111,13 +111,13 @@ pub(crate) async fn run(mut args: Args, log: &LogArgs) -> anyhow::Result<ExitCod
     let plan = Plan {
         model: checkpoint_dir::find(args.model.as_deref())?,
         experts: match &registry {
-            Where::Static => Plan::shards(args.experts.get(), args.replicas.get()),
-            Where::Etcd(_) | Where::OwnEtcd => vec![Vec::new(); args.experts.get()],
+            Where::Static => Plan::shards(args.experts, args.replicas.get()),
+            Where::Etcd(_) | Where::OwnEtcd => vec![Vec::new(); args.experts],
         },
         registry,
         routers: args.routers.get(),
         router_args: [vec![format!("--replicas={}", args.replicas)], args.pass.router.clone()].concat(),
-        expert_args: (0..args.experts.get()).map(|at| args.pass.for_expert(at)).collect(),
+        expert_args: (0..args.experts).map(|at| args.pass.for_expert(at)).collect(),
         gateway: Some((args.listen, args.pass.gateway.into_iter().chain(trace_url).collect())),
         quiet: false,
         log_args: log.to_args(),

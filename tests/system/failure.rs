@@ -3,6 +3,7 @@
 mod away;
 mod degraded;
 mod draining;
+mod inside;
 mod large;
 mod stand_in;
 mod wrong;

@@ -78,15 +78,17 @@ async fn quantized_experts_give_the_same_bits_on_any_servers() {
     write_prompts(&prompts, &[(3..67).collect()]);
     for weights in ["q8", "q4-experts"] {
         let mut bits = Vec::new();
-        for flags in [["--experts", "1", "--chunk", "64"], ["--experts", "3", "--chunk", "5"]] {
+        for flags in ["1 --chunk 64", "3 --chunk 5", "0 --chunk 9"] {
             let mut args: Vec<OsString> = vec!["logits".into(), minnow().into(), "--tokens".into()];
             args.extend([prompts.clone().into(), "--out".into(), output.clone().into()]);
-            args.extend(flags.iter().chain(&["--weights", weights]).map(OsString::from));
+            args.extend(
+                ["--weights", weights, "--experts"].into_iter().chain(flags.split(' ')).map(OsString::from),
+            );
             let ended = Process::run(args).await;
             assert!(ended.status.success(), "{weights} {flags:?}: {}", ended.stderr);
             bits.push(Expected::logits_of(&output, 0).into_iter().map(f32::to_bits).collect::<Vec<_>>());
         }
-        assert!(bits[0] == bits[1], "{weights}");
+        assert!(bits[0] == bits[1] && bits[0] == bits[2], "{weights}");
     }
 }
 
@@ -204,11 +206,19 @@ async fn check_bits(checkpoint: &Path, prompts: &[Vec<u32>], n_experts: u32) {
             ("four servers, token by token", builder().experts(4), 1, Load::Alone),
             ("four servers, token by token, batched", builder().experts(4), 1, Load::Together),
             ("a random placement", builder().placement(&lists), 19, Load::Together),
+            ("no server, chunks", builder().inside(), 7, Load::Together),
+            ("a third of it inside", inside(builder().placement(&lists[1..]), lists[0]), 19, Load::Together),
+            ("some of it inside too", inside(builder().placement(&lists), "0-3"), 64, Load::Together),
         ] {
             let what = format!("{} {combine}: {what}", checkpoint.display());
             assert_same_bits(&what, &run(builder, chunk, load, prompts).await, &reference);
         }
     }
+}
+
+/// The router holds `experts` itself.
+fn inside(builder: Builder, experts: &str) -> Builder {
+    builder.router_args(&["--experts", experts])
 }
 
 async fn check_bits_of_family(name: &str) {

@@ -15,7 +15,9 @@ use proto::{
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 
 use super::*;
-use crate::{checkpoint::Model, counters::Counters, engine::Engine, shard::Shard, stream::Streams};
+use shard::Shard;
+
+use crate::{checkpoint::Model, counters::Counters, engine::Engine, stream::Streams};
 
 const WATCHDOG: Duration = Duration::from_secs(60);
 
@@ -38,7 +40,7 @@ struct Follower {
 impl Follower {
     async fn start(pinned: &[u32], experts_max: u64) -> Self {
         let model = Model::random(HIDDEN, 8).write();
-        let checkpoint = model::Checkpoint::open(model.dir.path()).unwrap();
+        let checkpoint = Arc::new(model::Checkpoint::open(model.dir.path()).unwrap());
         let pinned: Vec<_> = pinned.iter().copied().map(ExpertId).collect();
         let shard = Arc::new(Shard::new(checkpoint, &pinned, experts_max * model.expert_bytes()));
         let loading = Arc::clone(&shard);

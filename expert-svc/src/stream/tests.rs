@@ -15,7 +15,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::*;
-use crate::{combine::Combined, counters::Counts, engine::Engine};
+use shard::Combined;
+
+use crate::{counters::Counts, engine::Engine};
 
 const WATCHDOG: Duration = Duration::from_secs(60);
 

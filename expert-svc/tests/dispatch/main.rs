@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test may panic")]
 
+#[path = "../../../crates/shard/src/checkpoint.rs"]
 mod checkpoint;
 mod harness;
 

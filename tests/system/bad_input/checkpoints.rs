@@ -275,6 +275,11 @@ async fn a_port_in_use_and_flags_that_make_no_sense() {
         &["carrier-pigeon", "static://"],
     )
     .await;
+    refuses(&["router", "--model"], &model, &["--registry"]).await;
+    refuses(&["router", "--shard", "1/2", "--model"], &model, &["2 of 4 experts", "--registry"]).await;
+    refuses(&["router", "--shard", "5/4", "--experts", "0-4", "--model"], &model, &["--shard", "--experts"])
+        .await;
+    refuses(&["router", "--experts", "0-4", "--model"], &model, &["0-4", "4 routed experts"]).await;
     let registry = ["router", "--registry", "static://127.0.0.1:1"];
     let flags = |flags: &[&'static str]| [&registry[..], flags, &["--model"]].concat();
     for wire in ["bf16", "int8"] {

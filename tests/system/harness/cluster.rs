@@ -100,6 +100,11 @@ impl Builder {
         self
     }
 
+    /// No expert server: the router holds every expert.
+    pub(crate) fn inside(self) -> Self {
+        self.experts(0).router_args(&["--shard", "1/1"])
+    }
+
     /// One more expert server that the router is told of.
     pub(crate) fn also_expert_at(mut self, address: SocketAddr) -> Self {
         self.other_experts.push(address);
@@ -156,8 +161,7 @@ impl Builder {
         }
         let addresses = experts.iter().map(|expert| &expert.address).chain(&self.other_experts);
         let addresses: Vec<String> = addresses.map(SocketAddr::to_string).collect();
-        let registry = format!("static://{}", addresses.join(","));
-        let router = Member::start("router", self.args_of_router(&registry, &ports.router)).await;
+        let router = Member::start("router", self.args_of_router(&addresses, &ports.router)).await;
         let gateway = match &self.gateway_args {
             None => None,
             Some(extra) => {
@@ -176,10 +180,11 @@ impl Builder {
         model.into_iter().chain(self.all_args.clone())
     }
 
-    fn args_of_router(&self, registry: &str, port: &Port) -> Vec<OsString> {
+    fn args_of_router(&self, experts: &[String], port: &Port) -> Vec<OsString> {
         let listen = port.address().to_string();
-        let args = self.service("router").chain(os(&["--listen", &listen, "--registry", registry]));
-        args.chain(self.router_args.iter().cloned()).collect()
+        let registry = (!experts.is_empty()).then(|| format!("--registry=static://{}", experts.join(",")));
+        let args = self.service("router").chain(os(&["--listen", &listen]));
+        args.chain(registry.map(OsString::from)).chain(self.router_args.iter().cloned()).collect()
     }
 
     fn args_of_expert(&self, index: usize, port: &Port) -> Vec<OsString> {
@@ -273,8 +278,7 @@ impl Cluster {
     pub(crate) async fn restart_router(&mut self) {
         let addresses = self.experts.iter().map(|expert| &expert.address).chain(&self.builder.other_experts);
         let addresses: Vec<String> = addresses.map(SocketAddr::to_string).collect();
-        let registry = format!("static://{}", addresses.join(","));
-        let args = self.builder.args_of_router(&registry, &self.ports.router);
+        let args = self.builder.args_of_router(&addresses, &self.ports.router);
         self.router = Member::start("router, again", args).await;
     }
 

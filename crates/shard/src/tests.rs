@@ -1,6 +1,6 @@
 //! Sets of experts that change, and frames that were planned with one of them.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::Arc};
 
 use cluster::Holds;
 use ids::{Epoch, ExpertId, FrameId, LayerId, RowIndex};
@@ -17,7 +17,7 @@ fn model() -> Model {
 
 fn shard(model: &Path, pinned: &[u32], memory_bytes_max: u64) -> Shard {
     let pinned: Vec<_> = pinned.iter().copied().map(ExpertId).collect();
-    Shard::new(model::Checkpoint::open(model).unwrap(), &pinned, memory_bytes_max)
+    Shard::new(Arc::new(model::Checkpoint::open(model).unwrap()), &pinned, memory_bytes_max)
 }
 
 fn holds(text: &str) -> Holds {

@@ -12,8 +12,8 @@ use ids::{Epoch, ExpertId};
 use model::{Checkpoint, Experts};
 
 /// Some routed experts of one checkpoint.
-pub(crate) struct Shard {
-    checkpoint: Checkpoint,
+pub struct Shard {
+    checkpoint: Arc<Checkpoint>,
     pinned: Holds,
     memory_bytes_max: u64,
     /// Of the largest expert.
@@ -25,16 +25,16 @@ pub(crate) struct Shard {
 }
 
 /// The experts held at one moment.
-pub(crate) struct Held {
-    pub(crate) experts: Experts,
-    pub(crate) holds: Holds,
+pub struct Held {
+    pub experts: Experts,
+    pub holds: Holds,
     /// 0: nothing was loaded so far.
-    pub(crate) epoch: Epoch,
+    pub epoch: Epoch,
 }
 
 /// Why the set held stays as it is.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum HoldError {
+pub enum HoldError {
     #[error(transparent)]
     Load(#[from] model::Error),
     #[error("they have {needed} bytes with what is pinned, at most {max} bytes may be held here")]
@@ -43,7 +43,8 @@ pub(crate) enum HoldError {
 
 impl Shard {
     /// Holds nothing yet. `pinned`: experts that [`Shard::hold`] always adds, whatever their size.
-    pub(crate) fn new(checkpoint: Checkpoint, pinned: &[ExpertId], memory_bytes_max: u64) -> Self {
+    #[must_use]
+    pub fn new(checkpoint: Arc<Checkpoint>, pinned: &[ExpertId], memory_bytes_max: u64) -> Self {
         let pinned = Holds::of_layers(checkpoint.config().moe_layers(), pinned);
         let config = checkpoint.config();
         let experts = (0..config.n_routed_experts as u32).map(ExpertId);
@@ -63,13 +64,17 @@ impl Shard {
         }
     }
 
-    pub(crate) const fn expert_bytes(&self) -> u64 {
+    #[must_use]
+    pub const fn expert_bytes(&self) -> u64 {
         self.expert_bytes
     }
 
     /// Holds `wanted` and what is pinned from now on, and nothing else. Takes as long as it takes to read what is new;
     /// at an error, what was held stays.
-    pub(crate) fn hold(&self, wanted: &Holds) -> Result<Arc<Held>, HoldError> {
+    ///
+    /// # Errors
+    /// A tensor that is missing or wrong, or more bytes than may be held.
+    pub fn hold(&self, wanted: &Holds) -> Result<Arc<Held>, HoldError> {
         // Guards no data that a panic could leave half written.
         let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.held();
@@ -92,49 +97,60 @@ impl Shard {
     }
 
     /// Copies what was loaded from cache files into huge pages, if those were chosen: [`Checkpoint::settle`].
-    pub(crate) fn settle(&self) -> Result<u64, model::Error> {
+    ///
+    /// # Errors
+    /// The system gives no memory: what is not copied stays where it is mapped.
+    pub fn settle(&self) -> Result<u64, model::Error> {
         self.checkpoint.settle(&|| !self.stopped.load(Ordering::Relaxed))
     }
 
     /// Bytes of experts that [`Shard::settle`] has not moved yet.
-    pub(crate) fn unsettled_bytes(&self) -> u64 {
+    #[must_use]
+    pub fn unsettled_bytes(&self) -> u64 {
         self.checkpoint.unsettled_bytes()
     }
 
     /// Ends a [`Shard::hold`] or [`Shard::settle`] under way soon: nobody waits for it any more.
-    pub(crate) fn stop_loading(&self) {
+    pub fn stop_loading(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
-    pub(crate) fn held(&self) -> Arc<Held> {
+    #[must_use]
+    pub fn held(&self) -> Arc<Held> {
         self.held.load_full()
     }
 
-    pub(crate) const fn pinned(&self) -> &Holds {
+    #[must_use]
+    pub const fn pinned(&self) -> &Holds {
         &self.pinned
     }
 
-    pub(crate) const fn memory_bytes_max(&self) -> u64 {
+    #[must_use]
+    pub const fn memory_bytes_max(&self) -> u64 {
         self.memory_bytes_max
     }
 
     /// True if its experts are quantized: f32 rows become int8 blocks before they meet them.
-    pub(crate) const fn reads_blocks(&self) -> bool {
+    #[must_use]
+    pub fn reads_blocks(&self) -> bool {
         self.checkpoint.weights().of_experts().is_some()
     }
 
-    pub(crate) fn hidden_size(&self) -> usize {
+    #[must_use]
+    pub fn hidden_size(&self) -> usize {
         self.checkpoint.config().hidden_size
     }
 
     /// The checkpoint's fingerprint.
-    pub(crate) fn checkpoint(&self) -> &str {
+    #[must_use]
+    pub fn checkpoint(&self) -> &str {
         self.checkpoint.fingerprint()
     }
 }
 
 /// `layers 1-2: experts 0-3`, for messages to people.
-pub(crate) fn describe(holds: &Holds) -> String {
+#[must_use]
+pub fn describe(holds: &Holds) -> String {
     if holds.is_empty() {
         return "nothing".to_owned();
     }

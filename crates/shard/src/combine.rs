@@ -17,11 +17,11 @@ use crate::group::Group;
 
 /// What a frame became, before it is a reply.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Combined {
+pub struct Combined {
     /// `[rows, hidden]`, or `[assignments, hidden]` for [`Combine::Pairs`].
-    pub(crate) rows: Rows,
+    pub rows: Rows,
     /// Rows that do not fit the grid, ascending; zero in `rows`.
-    pub(crate) overflow_rows: Vec<RowIndex>,
+    pub overflow_rows: Vec<RowIndex>,
 }
 
 /// Rows that one thread sums at a time.

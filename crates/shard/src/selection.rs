@@ -4,28 +4,31 @@ use std::{fmt, ops::RangeInclusive};
 
 use ids::ExpertId;
 
-/// Which experts of every MoE layer.
+/// Which experts of every MoE layer a process is to hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Selection {
+pub struct Selection(Choice);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Choice {
     All,
     /// Parts of contiguous ranges.
     Parts(Vec<Part>),
     /// Ranges as they were typed.
     Listed(Vec<RangeInclusive<u32>>),
-    /// None: the placement says which.
-    Placed,
+    /// None of its own accord.
+    None,
 }
 
 /// Part `index` (from 1) of `of` contiguous ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
+struct Part {
     index: u32,
     of: u32,
 }
 
 /// Everything that is wrong with a selection.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Problems(Vec<String>);
+pub struct Problems(Vec<String>);
 
 impl std::error::Error for Problems {}
 
@@ -42,8 +45,15 @@ impl fmt::Display for Part {
 }
 
 impl Selection {
-    /// `placed`: there is somebody who places experts where nothing is selected.
-    pub(crate) fn parse(shard: Option<&str>, experts: Option<&str>, placed: bool) -> Result<Self, Problems> {
+    /// What `--shard` and `--experts` select; with neither of them all, or none if `none_by_default`.
+    ///
+    /// # Errors
+    /// What is wrong with the two flags.
+    pub fn parse(
+        shard: Option<&str>,
+        experts: Option<&str>,
+        none_by_default: bool,
+    ) -> Result<Self, Problems> {
         let mut problems = Vec::new();
         if shard.is_some() && experts.is_some() {
             problems
@@ -52,21 +62,30 @@ impl Selection {
         let parts = shard.map(|text| parts(text).map_err(|mut list| problems.append(&mut list)));
         let listed = experts.map(|text| listed(text).map_err(|mut list| problems.append(&mut list)));
         match (problems.is_empty(), parts, listed) {
-            (true, Some(Ok(parts)), None) => Ok(Self::Parts(parts)),
-            (true, None, Some(Ok(ranges))) => Ok(Self::Listed(ranges)),
-            (true, None, None) => Ok(if placed { Self::Placed } else { Self::All }),
+            (true, Some(Ok(parts)), None) => Ok(Self(Choice::Parts(parts))),
+            (true, None, Some(Ok(ranges))) => Ok(Self(Choice::Listed(ranges))),
+            (true, None, None) => Ok(Self(if none_by_default { Choice::None } else { Choice::All })),
             _ => Err(Problems(problems)),
         }
     }
 
+    /// True if nothing was selected and that means none.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.0 == Choice::None
+    }
+
     /// The experts selected, ascending, of a model with `n_experts` a layer.
-    pub(crate) fn experts(&self, n_experts: u32) -> Result<Vec<ExpertId>, Problems> {
+    ///
+    /// # Errors
+    /// What the model does not have, and what is selected twice.
+    pub fn experts(&self, n_experts: u32) -> Result<Vec<ExpertId>, Problems> {
         let mut problems = Vec::new();
         let mut experts: Vec<u32> = Vec::new();
-        match self {
-            Self::All => experts.extend(0..n_experts),
-            Self::Placed => {}
-            Self::Parts(parts) => {
+        match &self.0 {
+            Choice::All => experts.extend(0..n_experts),
+            Choice::None => {}
+            Choice::Parts(parts) => {
                 for &part in parts {
                     let bound = |at: u32| (u64::from(n_experts) * u64::from(at) / u64::from(part.of)) as u32;
                     let range = bound(part.index - 1)..bound(part.index);
@@ -78,7 +97,7 @@ impl Selection {
                     experts.extend(range);
                 }
             }
-            Self::Listed(ranges) => {
+            Choice::Listed(ranges) => {
                 for range in ranges {
                     if *range.end() >= n_experts {
                         problems.push(format!(
@@ -182,7 +201,7 @@ mod tests {
 
     #[test]
     fn nothing_selected_is_all_or_what_is_placed() {
-        assert_eq!(Selection::parse(None, None, false), Ok(Selection::All));
+        assert_eq!(Selection::parse(None, None, false), Ok(Selection(Choice::All)));
         let placed = Selection::parse(None, None, true).unwrap();
         assert_eq!(placed.experts(16), Ok(vec![]));
         let pinned = Selection::parse(Some("1/16"), None, true).unwrap();
@@ -192,8 +211,8 @@ mod tests {
     #[test]
     fn shards_cover_every_expert_once() {
         for of in 1..=16 {
-            let parts =
-                (1..=of).flat_map(|index| Selection::Parts(vec![Part { index, of }]).experts(16).unwrap());
+            let parts = (1..=of)
+                .flat_map(|index| Selection(Choice::Parts(vec![Part { index, of }])).experts(16).unwrap());
             assert!(parts.eq((0..16).map(ExpertId)), "{of} shards");
         }
     }

@@ -1,8 +1,19 @@
-//! The experts this instance holds, and what a frame becomes with them. Synchronous: no clock, no network.
+//! The experts that a process holds, and what a frame becomes with them: [`group`] (rows by expert), the experts' forward,
+//! [`combine`] (weighted sums). Synchronous: no clock, no network, so that a server behind a socket and a router beside its own
+//! experts give the same bits.
 
+#[cfg(test)]
+#[expect(dead_code, reason = "the tests of expert servers use all of it")]
+mod checkpoint;
+mod combine;
+mod group;
 mod held;
+mod selection;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use ids::WeightsHash;
 use model::{Input, expert::Expert};
@@ -12,17 +23,22 @@ use proto::{
     rows::{Dtype, Rows},
 };
 
-pub(crate) use held::{Held, Shard, describe};
+pub use combine::Combined;
+pub use held::{Held, HoldError, Shard, describe};
+pub use selection::{Problems, Selection};
 
 use crate::{
-    combine::{Combined, Sums},
+    combine::Sums,
     group::{Group, group},
 };
 
 impl Shard {
     /// Computes each expert of `frame` once over all its rows and combines the results, with what is held at its
     /// beginning. The bits of a row follow from that row, its assignments and the mode alone.
-    pub(crate) fn compute(&self, frame: &Frame) -> Result<Combined, Error> {
+    ///
+    /// # Errors
+    /// The frame asks for what is not held, or in a way that cannot be answered; or a result is not finite.
+    pub fn compute(&self, frame: &Frame) -> Result<Combined, Error> {
         let dtype = frame.rows.dtype();
         if matches!(frame.combine, Combine::Exact(_)) && !dtype.is_exact() {
             return Err(Error::invalid(
@@ -49,6 +65,29 @@ impl Shard {
         }
         sums.finish()
     }
+}
+
+/// What `compute` makes of `frame`. A panic is a fault of ours: it fails its frame and not the process.
+///
+/// # Errors
+/// Those of `compute`, and a panic as one of them.
+pub fn guarded(
+    frame: &Frame,
+    compute: impl Fn(&Frame) -> Result<Combined, Error>,
+) -> Result<Combined, Error> {
+    // Unwind safe: all that is shared with the next frame are weights, which nobody writes.
+    let outcome = catch_unwind(AssertUnwindSafe(|| compute(frame))).unwrap_or_else(|_| {
+        Err(Error::internal(format!(
+            "frame {} (layer {}) panicked while it was computed",
+            frame.id, frame.layer
+        )))
+    });
+    if let Err(error) = &outcome
+        && error.code == Code::Internal
+    {
+        tracing::error!(frame = %frame.id, layer = %frame.layer, reason = %error.reason, %error, "frame failed");
+    }
+    outcome
 }
 
 /// `[rows, hidden]`
