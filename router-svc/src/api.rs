@@ -173,11 +173,20 @@ impl Api {
         })
     }
 
-    /// (layer, expert) pairs with fewer holders than wanted.
+    /// (layer, expert) pairs that fewer servers hold than wanted. What is held inside is no server's, and what has no server is
+    /// held inside on purpose.
     fn under_replicated(&self, table: &RoutingTable) -> u32 {
+        let inside = table.holders().find(|holder| holder.inside);
+        if inside.is_some() && table.holders().count() == 1 {
+            return 0;
+        }
         let experts = || (0..self.config.n_routed_experts as u32).map(ExpertId);
         let pairs = self.config.moe_layers().flat_map(|layer| experts().map(move |expert| (layer, expert)));
-        pairs.filter(|&(layer, expert)| table.holders_of(layer, expert).len() < self.replicas).count() as u32
+        let servers = |(layer, expert)| {
+            let holders = table.holders_of(layer, expert).iter();
+            holders.filter(|holder| inside.is_none_or(|inside| inside.instance != **holder)).count()
+        };
+        pairs.filter(|&pair| servers(pair) < self.replicas).count() as u32
     }
 
     pub(crate) fn report(&self, now: Instant) -> v1::RouterStatus {

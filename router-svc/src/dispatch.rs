@@ -185,10 +185,12 @@ fn part(activations: &Activations, holder: &InstanceId, slots: Vec<Slot>, table:
     Part { holder: holder.clone(), epoch, weights, slots, dtype }
 }
 
-/// How rows travel to `holder`: as asked for, or as what it would make of that.
+/// How rows travel to `holder`: as asked for, or as what it would make of that. Those that do not travel are not rounded.
 fn dtype(activations: &Activations, holder: &InstanceId, table: &RoutingTable) -> Dtype {
-    let reads_blocks = table.holder(holder).is_some_and(|holder| holder.reads_blocks);
-    if activations.dtype == Dtype::F32 && reads_blocks { Dtype::Int8Blocks } else { activations.dtype }
+    let holder = table.holder(holder);
+    let wanted = if holder.is_some_and(|holder| holder.inside) { Dtype::F32 } else { activations.dtype };
+    let reads_blocks = holder.is_some_and(|holder| holder.reads_blocks);
+    if wanted == Dtype::F32 && reads_blocks { Dtype::Int8Blocks } else { wanted }
 }
 
 /// Cuts between rows, so that neither the rows of a frame nor a reply with one row per pair is too large a message.
@@ -274,6 +276,7 @@ pub(crate) mod tests {
             holds: experts.iter().map(held).collect(),
             draining: false,
             reads_blocks: false,
+            inside: false,
         }
     }
 
@@ -406,6 +409,10 @@ pub(crate) mod tests {
         // What was asked for is what it gets.
         activations.dtype = Dtype::Bf16;
         assert_eq!(dtypes(&activations), [Dtype::Bf16; 2].map(Some));
+        // Rounding saves nothing where nothing is sent.
+        let here = Holder { inside: true, ..holder("here", &[0], 7) };
+        let table = Members::default().join(here).unwrap();
+        assert_eq!(dtype(&activations, &"here".into(), &table), Dtype::F32);
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub(crate) use self::landed::Landed;
 use self::log::{Attempt, Ejection, Ending, Kind, Log, Purpose, distinct};
 use self::pieces::{Piece, PieceIdx, Pieces, Progress, Sent, State, Tried};
 use crate::dispatch::{Activations, Grounds, Part, Slot, pack, plan, plan_for};
+use crate::inside;
 
 /// A frame to be sent.
 #[derive(Debug)]
@@ -184,17 +185,19 @@ impl Flight {
         let Part { holder, epoch, weights, slots, dtype } = part;
         let frame_id = around.ids.next();
         let (rows, assignments, frame_rows) = pack(&self.activations, &slots, dtype);
+        let inside = around.table.holder(&holder).is_some_and(|holder| holder.inside);
         let attempt = Attempt {
             frame_id,
             span_id: around.ids.span_of(frame_id),
             holder: holder.clone(),
+            inside,
             kind: purpose.kind,
             cause: purpose.cause.clone(),
             rows: frame_rows.clone(),
             experts: distinct(assignments.iter().map(|assignment| assignment.expert)),
             n_pairs: slots.len(),
             as_pairs,
-            bytes_out: rows.n_bytes(),
+            bytes_out: if inside { 0 } else { rows.n_bytes() },
             sent_at: around.now,
             ended_at: None,
             ending: Ending::Outrun,
@@ -270,10 +273,11 @@ impl Flight {
         let checked = self.check(idx, sent, &reply).and(reply.outcome);
         Some(match checked {
             Ok(computed) => {
+                let sent_back = !self.log.attempts[sent.attempt_idx].inside;
                 let ending = Ending::Answered {
                     queue: computed.queue_time,
                     compute: computed.compute_time,
-                    bytes_in: computed.rows.n_bytes(),
+                    bytes_in: if sent_back { computed.rows.n_bytes() } else { 0 },
                 };
                 self.log.end(sent.attempt_idx, around.now, ending);
                 around.health.answered(holder, reply.id, around.now);
@@ -374,7 +378,7 @@ impl Flight {
 
     /// Asks others for a piece that has failed; what nobody else can do is lost.
     fn replace(&mut self, idx: PieceIdx, purpose: &Purpose, around: &mut Surroundings<'_>) -> Vec<Order> {
-        let (parts, orphans) = self.plan_elsewhere(idx, around);
+        let (parts, orphans) = self.plan_elsewhere(idx, Kind::Failover, around);
         let affordable = around.health.failovers.spend(parts.len());
         let (parts, lost) =
             if affordable { (parts, orphans) } else { (Vec::new(), self.pieces[idx].slots.clone()) };
@@ -387,11 +391,15 @@ impl Flight {
         orders
     }
 
-    fn plan_elsewhere(&self, idx: PieceIdx, around: &Surroundings<'_>) -> (Vec<Part>, Vec<Slot>) {
+    /// A frame that is only late is not computed by whoever waits for it: its answer would be heard after that.
+    fn plan_elsewhere(&self, idx: PieceIdx, kind: Kind, around: &Surroundings<'_>) -> (Vec<Part>, Vec<Slot>) {
         let slots = &self.pieces[idx].slots;
-        let tried = self.pieces.tried(idx).into_iter();
-        let avoid: Vec<InstanceId> =
-            tried.filter(|tried| tried.is_avoided(around.table)).map(|tried| tried.holder.clone()).collect();
+        let tried = self.pieces.tried(idx).into_iter().filter(|tried| tried.is_avoided(around.table));
+        let inside = around.table.holders().filter(|holder| holder.inside && kind == Kind::Hedge);
+        let avoid: Vec<InstanceId> = tried
+            .map(|tried| tried.holder.clone())
+            .chain(inside.map(|holder| holder.instance.clone()))
+            .collect();
         plan(&self.activations, slots.iter().copied(), &around.grounds(), &avoid)
     }
 
@@ -405,6 +413,11 @@ impl Flight {
     ) -> Vec<PieceIdx> {
         let as_pairs = self.pieces[idx].as_pairs;
         parts.into_iter().map(|part| self.send(part, as_pairs, Some(idx), purpose, around, orders)).collect()
+    }
+
+    /// True if the reply to this frame would be used.
+    pub(crate) fn waits_for(&self, frame: FrameId) -> bool {
+        self.frames.get(&frame).is_some_and(|&idx| !self.pieces.is_settled(idx))
     }
 
     pub(crate) fn activations(&self) -> &Activations {
@@ -428,6 +441,8 @@ fn kind(error: &Error) -> Failure {
         "not_finite" | "weights_mismatch" => Failure::Wrong,
         // Our table was older than the server's holdings: no fault of its.
         "expert_not_held" | "draining" | "loading" => Failure::Excused,
+        // Nobody was to compute it any more.
+        inside::NOT_NEEDED => Failure::Excused,
         _ => Failure::Transient,
     }
 }

@@ -60,6 +60,7 @@ impl Identity {
             holds,
             draining: status.state == "draining",
             reads_blocks: status.reads_blocks,
+            inside: false,
         })
     }
 }

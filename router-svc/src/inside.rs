@@ -1,23 +1,22 @@
 //! Experts that this router holds itself. Their frames are planned, counted and combined like any server's, and computed by
 //! the engine's threads while the flight lands, instead of being sent.
 
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use cluster::{Holder, Holds};
-use ids::{ExpertId, InstanceId};
+use ids::{ExpertId, FrameId, InstanceId};
 use model::Checkpoint;
-use proto::{Frame, Reply, frame::Computed};
+use proto::{Code, Error, Frame, Reply, frame::Computed};
 use shard::{HoldError, Shard};
+
+/// Why a frame was not computed that somebody else's reply has made superfluous.
+pub(crate) const NOT_NEEDED: &str = "not_needed";
 
 pub(crate) struct Inside {
     instance: InstanceId,
     shard: Arc<Shard>,
-    /// Ordered and not computed yet: empty when a flight has landed.
-    due: VecDeque<Frame>,
+    /// Ordered and not computed yet, and since when: empty when a flight has landed.
+    due: VecDeque<(Frame, Instant)>,
 }
 
 impl Inside {
@@ -44,6 +43,7 @@ impl Inside {
             holds: held.holds.iter().filter_map(weights).collect(),
             draining: false,
             reads_blocks: self.shard.reads_blocks(),
+            inside: true,
         }
     }
 
@@ -51,24 +51,33 @@ impl Inside {
         &self.instance
     }
 
-    pub(crate) fn put(&mut self, frame: Frame) {
-        self.due.push_back(frame);
+    pub(crate) fn put(&mut self, frame: Frame, now: Instant) {
+        self.due.push_back((frame, now));
     }
 
-    pub(crate) fn is_due(&self) -> bool {
-        !self.due.is_empty()
+    /// The frames that are due.
+    pub(crate) fn due(&self) -> impl Iterator<Item = &Frame> {
+        self.due.iter().map(|(frame, _)| frame)
     }
 
-    /// Computes the frame that was put first, with the threads that this is called on; gives whose reply it is, too.
-    pub(crate) fn reply(&mut self, clock: impl Fn() -> Instant) -> Option<(InstanceId, Reply)> {
-        let frame = self.due.pop_front()?;
+    /// Computes the frame that was put first, if that is still `needed`, with the threads that this is called on.
+    pub(crate) fn reply(
+        &mut self,
+        needed: impl Fn(FrameId) -> bool,
+        clock: impl Fn() -> Instant,
+    ) -> Option<(InstanceId, Reply)> {
+        let (frame, put_at) = self.due.pop_front()?;
         let began = clock();
-        let combined = shard::guarded(&frame, |frame| self.shard.compute(frame));
+        let combined = if needed(frame.id) {
+            shard::guarded(&frame, |frame| self.shard.compute(frame))
+        } else {
+            Err(Error::new(Code::Unavailable, NOT_NEEDED, "somebody else has answered"))
+        };
         let outcome = combined.map(|combined| Computed {
             rows: combined.rows,
             overflow_rows: combined.overflow_rows,
             compute_time: clock().saturating_duration_since(began),
-            queue_time: Duration::ZERO,
+            queue_time: began.saturating_duration_since(put_at),
         });
         let reply = Reply { id: frame.id, epoch: frame.epoch, weights: frame.weights, outcome };
         Some((self.instance.clone(), reply))

@@ -32,7 +32,7 @@ use crate::{
     dial::{self, CONNECT_TIMEOUT, Transport},
     engine::Command,
     identity::Identity,
-    remote::{LINK_FRAMES_MAX, LinkEvent, View},
+    remote::{LINK_FRAMES_MAX, LinkEvent, View, now},
 };
 
 /// What is known of one listed server, for `Status`.
@@ -68,6 +68,15 @@ pub(crate) struct Links {
 struct Joined {
     members: Members,
     links: HashMap<InstanceId, mpsc::Sender<v1::Frame>>,
+}
+
+/// How frames get to a holder that joins.
+enum Way {
+    Link(mpsc::Sender<v1::Frame>, Transport),
+    /// They stay in this process.
+    Inside,
+    /// It has joined already, and holds something else now.
+    AsBefore,
 }
 
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
@@ -145,9 +154,7 @@ impl Links {
     /// The experts that this router holds itself: nothing is connected to them, and nothing of it breaks.
     pub(crate) fn hold(&self, holder: Holder) -> Result<(), Error> {
         let key = holder.instance.to_string();
-        self.join(&key, holder, None)?;
-        self.set_transport(&key, Transport::Inside);
-        Ok(())
+        self.join(&key, holder, Way::Inside)
     }
 
     pub(crate) fn states(&self) -> BTreeMap<String, LinkState> {
@@ -255,16 +262,15 @@ impl Links {
             Ok(Err(status)) => return Error::from_status(&status),
             Err(_) => return Error::new(Code::DeadlineExceeded, "dispatch_refused", "no answer to Dispatch"),
         };
-        if let Err(error) = self.join(key, holder.clone(), Some(sender)) {
+        if let Err(error) = self.join(key, holder.clone(), Way::Link(sender, transport)) {
             return error;
         }
-        self.set_transport(key, transport);
         let instance = holder.instance.clone();
         let mut hears = true;
         let error = loop {
             tokio::select! {
                 reply = self.next_reply(&mut replies, &instance) => match reply {
-                    Ok(reply) => self.tell(LinkEvent::Reply { instance: instance.clone(), reply }),
+                    Ok(reply) => self.tell(LinkEvent::Reply { instance: instance.clone(), reply, at: now() }),
                     Err(error) => break error,
                 },
                 changed = listed.changed(), if hears => {
@@ -281,7 +287,7 @@ impl Links {
                             Ok(now) => break Error::new(Code::Unavailable, "link_down", format!("{} answers there now", now.instance)),
                             Err(error) => break error,
                         }
-                        if let Err(error) = self.join(key, holder.clone(), None) {
+                        if let Err(error) = self.join(key, holder.clone(), Way::AsBefore) {
                             break error;
                         }
                         tracing::info!(%instance, experts = holder.n_experts(), epoch = %holder.epoch, "holdings changed");
@@ -310,18 +316,22 @@ impl Links {
         }
     }
 
-    /// `link` is None for a server that has one and holds something else now.
-    fn join(&self, key: &str, holder: Holder, link: Option<mpsc::Sender<v1::Frame>>) -> Result<(), Error> {
+    fn join(&self, key: &str, holder: Holder, way: Way) -> Result<(), Error> {
         let mut joined = lock(&self.joined);
         let instance = holder.instance.clone();
         let table = joined.members.join(holder.clone()).map_err(|error| {
             tracing::error!(%error, "expert server refused");
             Error::new(Code::InvalidArgument, "refused", error.to_string())
         })?;
-        if let Some(link) = link {
-            joined.links.insert(instance, link);
-        }
-        self.set_state(key, &holder.address, "ready", "", Some(&holder));
+        let transport = match way {
+            Way::Link(link, transport) => {
+                joined.links.insert(instance, link);
+                Some(transport)
+            }
+            Way::Inside => Some(Transport::Inside),
+            Way::AsBefore => None,
+        };
+        self.set_state(key, &holder.address, "ready", "", Some((&holder, transport)));
         self.publish(&joined, table);
         Ok(())
     }
@@ -331,7 +341,7 @@ impl Links {
         if let Some(table) = joined.members.drain(instance) {
             tracing::info!(%instance, "expert server drains");
             if let Some(holder) = table.holder(instance) {
-                self.set_state(key, &holder.address, "draining", "", Some(holder));
+                self.set_state(key, &holder.address, "draining", "", Some((holder, None)));
             }
             self.publish(&joined, table);
         }
@@ -351,30 +361,24 @@ impl Links {
         let _engine_gone = self.commands.send(Command::Wake);
     }
 
-    fn set_transport(&self, key: &str, transport: Transport) {
-        if let Some(state) = lock(&self.states).get_mut(key) {
-            state.transport = transport.as_str();
-        }
-    }
-
     fn set_state(
         &self,
         key: &str,
         address: &str,
         state: &'static str,
         detail: &str,
-        holder: Option<&Holder>,
+        holder: Option<(&Holder, Option<Transport>)>,
     ) {
         let mut states = lock(&self.states);
-        let connected = states.get(key).filter(|_| holder.is_some());
+        let before = || states.get(key).map_or("", |state| state.transport);
         let link_state = LinkState {
-            transport: connected.map_or("", |state| state.transport),
+            transport: holder.map_or("", |(_, new)| new.map_or_else(before, Transport::as_str)),
             address: address.to_owned(),
-            instance: holder.map(|holder| holder.instance.to_string()).unwrap_or_default(),
+            instance: holder.map(|(holder, _)| holder.instance.to_string()).unwrap_or_default(),
             state,
             detail: detail.to_owned(),
-            n_experts: holder.map_or(0, Holder::n_experts),
-            epoch: holder.map_or(Epoch(0), |holder| holder.epoch),
+            n_experts: holder.map_or(0, |(holder, _)| holder.n_experts()),
+            epoch: holder.map_or(Epoch(0), |(holder, _)| holder.epoch),
         };
         states.insert(key.to_owned(), link_state);
     }

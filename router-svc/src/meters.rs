@@ -170,8 +170,8 @@ impl Meters {
             Ending::Outrun => {}
             Ending::Answered { compute, bytes_in, .. } => {
                 layer.bytes_in.inc_by(*bytes_in as u64);
-                if let (Some(server), Some(ended_at)) = (self.servers.get(&attempt.holder), attempt.ended_at)
-                {
+                let server = self.servers.get(&attempt.holder).filter(|_| !attempt.inside);
+                if let (Some(server), Some(ended_at)) = (server, attempt.ended_at) {
                     server.round_trip.observe((ended_at - attempt.sent_at).as_secs_f64());
                     server.compute.observe(compute.as_secs_f64());
                 }

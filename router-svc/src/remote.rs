@@ -41,12 +41,11 @@ pub(crate) enum LinkEvent {
     Reply {
         instance: InstanceId,
         reply: Reply,
+        /// When it came, whenever the engine hears of it.
+        at: Instant,
     },
     /// The stream to this instance ended; sent after the view without it is in place.
-    Broken {
-        instance: InstanceId,
-        error: Error,
-    },
+    Broken { instance: InstanceId, error: Error },
     /// The view has another table; sent after it is in place.
     Table,
 }
@@ -69,6 +68,13 @@ pub(crate) struct Remote {
 const SOCKET_BYTES: usize = 64 << 10;
 /// Of an assignment in a frame, at most.
 const ASSIGNMENT_BYTES: usize = 12;
+
+/// What a wait for replies takes at least.
+const LISTEN_MIN: Duration = Duration::from_millis(1);
+
+fn is_large(frame: &Frame) -> bool {
+    frame.rows.n_bytes() + frame.assignments.len() * ASSIGNMENT_BYTES > SOCKET_BYTES
+}
 
 impl Remote {
     pub(crate) fn new(
@@ -108,8 +114,11 @@ impl Remote {
 
     /// Runs `decide` with the table and the time of the moment.
     fn decide<T>(&mut self, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
+        self.decide_at(now(), decide)
+    }
+
+    fn decide_at<T>(&mut self, now: Instant, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
         let view = self.view();
-        let now = now();
         if self.followed != view.table.version() {
             self.followed = view.table.version();
             let instances = view.table.holders().map(|holder| &holder.instance);
@@ -129,8 +138,8 @@ impl Remote {
     pub(crate) fn hear_late(&mut self) -> bool {
         while let Ok(event) = self.events.try_recv() {
             match event {
-                LinkEvent::Reply { instance, reply } => {
-                    self.decide(|around| note_late(&instance, &reply, around));
+                LinkEvent::Reply { instance, reply, at } => {
+                    self.decide_at(at, |around| note_late(&instance, &reply, around));
                 }
                 LinkEvent::Broken { instance, .. } => self.health.leave(&instance),
                 LinkEvent::Table => {}
@@ -148,13 +157,12 @@ impl Remote {
     ) -> Flight {
         self.hear_late();
         let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
-        let n_bytes = |frame: &Frame| frame.rows.n_bytes() + frame.assignments.len() * ASSIGNMENT_BYTES;
         let mut leave = orders.iter().filter(|order| !self.is_inside(&order.holder)).peekable();
         if leave.peek().is_none() {
             self.send(&mut flight, orders);
             return flight;
         }
-        let is_large = leave.any(|order| n_bytes(&order.frame) > SOCKET_BYTES);
+        let is_large = leave.any(|order| is_large(&order.frame));
         // On their way before anything else is computed.
         let event_loop = Arc::clone(&self.event_loop);
         event_loop.turn(|| self.send(&mut flight, orders));
@@ -166,63 +174,82 @@ impl Remote {
 
     /// Waits until every row is home or lost.
     pub(crate) fn land(&mut self, mut flight: Flight) -> Landed {
-        self.compute_inside(&mut flight);
-        while !flight.is_home() {
+        loop {
+            self.compute_inside(&mut flight);
+            if flight.is_home() {
+                return flight.land();
+            }
             let wake_at = [flight.next_tick(), self.health.next_tick()].into_iter().flatten().min();
             let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(now()));
-            let mut heard = match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
-                Ok(Some(event)) => Some(event),
-                Err(_) => None,
+            // Sockets are read before anybody is late, who may have answered while this thread computed.
+            let wait = wait.max(LISTEN_MIN);
+            match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
+                Ok(Some(event)) => self.hear(&mut flight, event),
+                Err(_) => {}
                 // The links are gone: the process is ending. What is outstanding counts as lost.
-                Ok(None) => break,
-            };
-            // All that is here: nobody is late whose reply is.
-            while let Some(event) = heard {
-                let orders = self.hear(&mut flight, event);
-                self.send(&mut flight, orders);
-                heard = self.events.try_recv().ok();
+                Ok(None) => return flight.land(),
             }
-            let orders = self.decide(|around| {
-                let is_due = wake_at.is_some_and(|at| at <= around.now);
-                let mut orders = if is_due { tick(&mut flight, around) } else { Vec::new() };
-                orders.extend(flight.look_again(around));
-                orders
-            });
-            self.send(&mut flight, orders);
-            self.compute_inside(&mut flight);
+            self.hear_all(&mut flight);
+            if wake_at.is_some_and(|at| at <= now()) {
+                let orders = self.decide(|around| tick(&mut flight, around));
+                self.send(&mut flight, orders);
+            }
+            self.look_again(&mut flight);
         }
-        flight.land()
     }
 
     fn is_inside(&self, holder: &InstanceId) -> bool {
         self.inside.as_ref().is_some_and(|inside| inside.instance() == holder)
     }
 
-    /// The frames of the experts in this process. Others work at theirs meanwhile, and are heard.
+    /// Computes the frames of the experts in this process, and hears the others between two of them.
     fn compute_inside(&mut self, flight: &mut Flight) {
-        if self.inside.as_ref().is_some_and(Inside::is_due) && !self.view.load().links.is_empty() {
+        let Some(inside) = &self.inside else { return };
+        if inside.due().any(is_large) && !self.view.load().links.is_empty() {
             self.event_loop.hand_over();
         }
-        while let Some((instance, reply)) = self.inside.as_mut().and_then(|inside| inside.reply(now)) {
-            let orders = self.accept(flight, &instance, reply);
-            self.send(flight, orders);
+        while let Some((instance, reply)) =
+            self.inside.as_mut().and_then(|inside| inside.reply(|frame| flight.waits_for(frame), now))
+        {
+            self.hear(flight, LinkEvent::Reply { instance, reply, at: now() });
+            self.hear_all(flight);
+            self.look_again(flight);
         }
     }
 
-    fn hear(&mut self, flight: &mut Flight, event: LinkEvent) -> Vec<Order> {
-        match event {
-            LinkEvent::Reply { instance, reply } => self.accept(flight, &instance, reply),
+    /// All that has come.
+    fn hear_all(&mut self, flight: &mut Flight) {
+        while let Ok(event) = self.events.try_recv() {
+            self.hear(flight, event);
+        }
+    }
+
+    fn hear(&mut self, flight: &mut Flight, event: LinkEvent) {
+        let orders = match event {
+            LinkEvent::Reply { instance, reply, at } => self.accept(flight, &instance, reply, at),
             LinkEvent::Broken { instance, error } => {
                 let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
                 self.health.leave(&instance);
                 orders
             }
             LinkEvent::Table => Vec::new(),
-        }
+        };
+        self.send(flight, orders);
     }
 
-    fn accept(&mut self, flight: &mut Flight, instance: &InstanceId, reply: Reply) -> Vec<Order> {
-        self.decide(|around| {
+    fn look_again(&mut self, flight: &mut Flight) {
+        let orders = self.decide(|around| flight.look_again(around));
+        self.send(flight, orders);
+    }
+
+    fn accept(
+        &mut self,
+        flight: &mut Flight,
+        instance: &InstanceId,
+        reply: Reply,
+        at: Instant,
+    ) -> Vec<Order> {
+        self.decide_at(at, |around| {
             let damaged = matches!(&reply.outcome, Err(error) if &*error.reason == "checksum_mismatch");
             match flight.accept(instance, reply, around) {
                 Some(orders) => orders,
@@ -240,7 +267,7 @@ impl Remote {
         let mut orders = VecDeque::from(orders);
         while let Some(Order { holder, frame }) = orders.pop_front() {
             if let Some(inside) = self.inside.as_mut().filter(|inside| *inside.instance() == holder) {
-                inside.put(frame);
+                inside.put(frame, now());
                 continue;
             }
             let view = self.view();
@@ -285,6 +312,6 @@ fn tick(flight: &mut Flight, around: &mut Surroundings<'_>) -> Vec<Order> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "waiting for the network is an edge")]
-fn now() -> Instant {
+pub(crate) fn now() -> Instant {
     Instant::now()
 }

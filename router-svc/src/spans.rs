@@ -260,21 +260,27 @@ impl Writer<'_> {
         let start = self.time(attempt.sent_at);
         let end = self.time(attempt.ended_at.unwrap_or(landed));
         let experts: Vec<String> = attempt.experts.iter().map(ToString::to_string).collect();
-        let mut span =
-            Finished::new(&context, parent.span_id, SpanKind::Client, "shoal.v1.Expert/Dispatch", start, end)
-                .with("rpc.system.name", "grpc")
-                .with("shoal.server", attempt.holder.to_string())
-                .with("shoal.frame", attempt.frame_id.0 as i64)
-                .with("shoal.layer", i64::from(layer.0))
-                .with("shoal.experts", experts.join(","))
-                .with("shoal.rows", attempt.rows.len() as i64)
-                .with("shoal.pairs", attempt.n_pairs as i64)
-                .with("shoal.as_pairs", attempt.as_pairs)
-                .with("shoal.bytes_out", attempt.bytes_out as i64)
-                .with("shoal.attempt", attempt.kind.as_str())
-                .with("shoal.hedged", attempt.kind == Kind::Hedge)
-                .with("shoal.retried", attempt.kind == Kind::Failover)
-                .with("shoal.server_traced", part.wanted);
+        let (kind, name) = match attempt.inside {
+            true => (SpanKind::Internal, "experts inside"),
+            false => (SpanKind::Client, "shoal.v1.Expert/Dispatch"),
+        };
+        let mut span = Finished::new(&context, parent.span_id, kind, name, start, end);
+        if !attempt.inside {
+            span = span.with("rpc.system.name", "grpc");
+        }
+        span = span
+            .with("shoal.server", attempt.holder.to_string())
+            .with("shoal.frame", attempt.frame_id.0 as i64)
+            .with("shoal.layer", i64::from(layer.0))
+            .with("shoal.experts", experts.join(","))
+            .with("shoal.rows", attempt.rows.len() as i64)
+            .with("shoal.pairs", attempt.n_pairs as i64)
+            .with("shoal.as_pairs", attempt.as_pairs)
+            .with("shoal.bytes_out", attempt.bytes_out as i64)
+            .with("shoal.attempt", attempt.kind.as_str())
+            .with("shoal.hedged", attempt.kind == Kind::Hedge)
+            .with("shoal.retried", attempt.kind == Kind::Failover)
+            .with("shoal.server_traced", part.wanted && !attempt.inside);
         if let Some(holder) = self.step.table.holder(&attempt.holder) {
             span = span.with("server.address", holder.address.clone());
         }

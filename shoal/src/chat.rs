@@ -99,8 +99,11 @@ async fn start(args: &Args) -> anyhow::Result<Cluster> {
         trace_args: Vec::new(),
     };
     // Draws only on a terminal, on stderr.
-    let spinner =
-        ProgressBar::new_spinner().with_message(format!("starting {} expert servers", args.experts));
+    let starting = match args.experts {
+        0 => "starting a router with the experts inside".to_owned(),
+        n => format!("starting {n} expert servers"),
+    };
+    let spinner = ProgressBar::new_spinner().with_message(starting);
     spinner.enable_steady_tick(Duration::from_millis(100));
     let cluster = Cluster::start(&plan).await;
     spinner.finish_and_clear();

@@ -207,10 +207,12 @@ impl Cluster {
 }
 
 /// How every process of the cluster computes. Tried here, once: tests of many processes that start together would
-/// disturb each other. They share their cores, so none of them spins between steps.
+/// disturb each other. They share their cores, so none of them spins between steps, unless it is one alone.
 fn tune(plan: &Plan) -> anyhow::Result<Vec<String>> {
     let quantized = !plan.weights_args.iter().any(|arg| arg.ends_with(Weights::Stored.name()));
-    let wanted = Wanted { spin: Some(false), huge_pages: (!quantized).then_some(false), threads: None };
+    let alone = plan.experts.is_empty() && plan.routers == 1;
+    let wanted =
+        Wanted { spin: (!alone).then_some(false), huge_pages: (!quantized).then_some(false), threads: None };
     let Tuning { threads, spins, huge_pages } = process::tune(wanted)?;
     Ok(vec![
         format!("--threads={threads}"),

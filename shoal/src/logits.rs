@@ -125,7 +125,8 @@ fn name_of(value: impl clap::ValueEnum) -> Option<String> {
 /// A random set of experts for each server; none is left empty.
 fn scatter(seed: u64, n_servers: usize, dir: &std::path::Path) -> anyhow::Result<Vec<Vec<String>>> {
     let n_experts = model::ModelConfig::load(dir)?.n_routed_experts;
-    ensure!((1..=n_experts).contains(&n_servers), "{n_servers} servers cannot share {n_experts} experts");
+    ensure!(n_servers > 0, "--scatter is for expert servers, and --experts 0 starts none");
+    ensure!(n_servers <= n_experts, "{n_servers} servers cannot share {n_experts} experts");
     let mut order: Vec<usize> = (0..n_experts).collect();
     let mut state = seed;
     for at in (1..n_experts).rev() {

@@ -136,7 +136,14 @@ async fn watch(spec: Spec, mut run: Run, pid: &AtomicU32, stop: &CancellationTok
 }
 
 async fn launch(spec: &Spec, listen: SocketAddr, tasks: &Tasks) -> anyhow::Result<Run> {
-    let mut child = Command::new(&spec.program)
+    let mut command = Command::new(&spec.program);
+    // Who is where and holds what is said with flags: a registry of another cluster is nobody's business here.
+    for variable in
+        ["SHOAL_REGISTRY", "SHOAL_SHARD", "SHOAL_EXPERTS", "SHOAL_ROUTER_SHARD", "SHOAL_ROUTER_EXPERTS"]
+    {
+        command.env_remove(variable);
+    }
+    let mut child = command
         // Ctrl-C reaches whoever stops them in order, and not them too.
         .process_group(0)
         .args(&spec.args)

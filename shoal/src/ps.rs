@@ -119,6 +119,9 @@ async fn router(entry: (&String, &Member)) -> Line {
         (0, n) => format!("{n} experts have too few holders"),
         (n, _) => format!("{n} experts have no holder"),
     };
+    for inside in status.servers.iter().filter(|server| server.transport == "inside") {
+        holds = format!("{holds}, {} inside", inside.n_experts);
+    }
     if !not_ready.is_empty() {
         holds = format!("{holds}; {}", not_ready.join(", "));
     }

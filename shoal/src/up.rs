@@ -8,7 +8,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use serde_json::json;
 
 use crate::{
@@ -108,6 +108,11 @@ pub(crate) async fn run(mut args: Args, log: &LogArgs) -> anyhow::Result<ExitCod
         (None, true) => Where::OwnEtcd,
         (None, false) => Where::Static,
     };
+    ensure!(
+        args.experts > 0 || args.replicas.get() == 1,
+        "--replicas {} is for expert servers, and --experts 0 starts none",
+        args.replicas
+    );
     let plan = Plan {
         model: checkpoint_dir::find(args.model.as_deref())?,
         experts: match &registry {

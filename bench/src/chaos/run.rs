@@ -218,7 +218,11 @@ async fn wait_until_whole(cluster: &Cluster, replicas: usize) -> anyhow::Result<
                 None => None,
             };
             whole &= status.is_some_and(|status| {
-                let served = status.servers.iter().filter(|server| server.state == "ready").count();
+                let served = status
+                    .servers
+                    .iter()
+                    .filter(|server| server.state == "ready" && server.transport != "inside")
+                    .count();
                 status.ready && served == n_experts && (replicas > n_experts || status.under_replicated == 0)
             });
         }

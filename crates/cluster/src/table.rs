@@ -19,6 +19,8 @@ pub struct Holder {
     pub draining: bool,
     /// Its experts compute with rows in int8 blocks: more precise ones would be rounded to these there.
     pub reads_blocks: bool,
+    /// It is the reader of the table itself: nothing is sent to it.
+    pub inside: bool,
 }
 
 impl Holder {
@@ -220,6 +222,7 @@ mod tests {
             holds: experts.iter().map(held).collect(),
             draining: false,
             reads_blocks: false,
+            inside: false,
         }
     }
 

@@ -29,7 +29,7 @@ impl Flight {
             let purpose =
                 Purpose { kind: Kind::Failover, cause: Some(format!("{} is ejected", sent.holder)) };
             // Where nobody that is in can, or the budget is spent, its own answer is waited for.
-            let (parts, _) = self.plan_elsewhere(idx, around);
+            let (parts, _) = self.plan_elsewhere(idx, purpose.kind, around);
             if parts.iter().any(|part| !around.health.is_in(&part.holder)) {
                 continue;
             }
@@ -97,7 +97,7 @@ impl Flight {
         if self.pieces.is_covered(idx, around.health) {
             return Ok(Vec::new());
         }
-        let (parts, orphans) = self.plan_elsewhere(idx, around);
+        let (parts, orphans) = self.plan_elsewhere(idx, purpose.kind, around);
         if !orphans.is_empty() {
             return Err(NotHedged::NobodyElse);
         }

@@ -73,6 +73,8 @@ pub(crate) struct Attempt {
     /// hang under it.
     pub(crate) span_id: SpanId,
     pub(crate) holder: InstanceId,
+    /// The holder is this router: nothing was sent.
+    pub(crate) inside: bool,
     pub(crate) kind: Kind,
     /// Why it was sent; the first ones need no reason.
     pub(crate) cause: Option<String>,

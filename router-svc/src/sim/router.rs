@@ -99,6 +99,7 @@ impl World {
             holds: state.holds.iter().map(|(layer, expert)| ((layer, expert), weights(expert))).collect(),
             draining: false,
             reads_blocks: false,
+            inside: false,
         };
         self.router.server_of.insert(holder.instance.clone(), server);
         match self.router.members.join(holder) {
