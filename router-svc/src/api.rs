@@ -48,6 +48,8 @@ pub(crate) struct Api {
     pub(crate) stats: Arc<Stats>,
     pub(crate) placer: Arc<PlacerState>,
     pub(crate) replicas: usize,
+    /// A leader places experts on servers.
+    pub(crate) is_placed: bool,
     pub(crate) links: Arc<Links>,
     pub(crate) commands: UnboundedSender<Command>,
     pub(crate) open_streams: Arc<AtomicUsize>,
@@ -173,20 +175,17 @@ impl Api {
         })
     }
 
-    /// (layer, expert) pairs that fewer servers hold than wanted. What is held inside is no server's, and what has no server is
-    /// held inside on purpose.
+    /// (layer, expert) pairs with fewer holders than wanted. Where a leader places experts, those are servers: it knows of
+    /// nobody else.
     fn under_replicated(&self, table: &RoutingTable) -> u32 {
-        let inside = table.holders().find(|holder| holder.inside);
-        if inside.is_some() && table.holders().count() == 1 {
-            return 0;
-        }
+        let inside = table.holders().find(|holder| holder.inside && self.is_placed);
         let experts = || (0..self.config.n_routed_experts as u32).map(ExpertId);
         let pairs = self.config.moe_layers().flat_map(|layer| experts().map(move |expert| (layer, expert)));
-        let servers = |(layer, expert)| {
+        let counted = |(layer, expert)| {
             let holders = table.holders_of(layer, expert).iter();
             holders.filter(|holder| inside.is_none_or(|inside| inside.instance != **holder)).count()
         };
-        pairs.filter(|&pair| servers(pair) < self.replicas).count() as u32
+        pairs.filter(|&pair| counted(pair) < self.replicas).count() as u32
     }
 
     pub(crate) fn report(&self, now: Instant) -> v1::RouterStatus {

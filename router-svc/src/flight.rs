@@ -81,6 +81,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) ids: &'a mut FrameIds,
     pub(crate) counts: &'a mut Counts,
     pub(crate) now: Instant,
+    /// When that came which the flight is told now: not after `now`, and before it if nobody had time to hear.
+    pub(crate) heard_at: Instant,
     /// How long a frame may take before it counts as failed.
     pub(crate) dispatch_timeout: Duration,
 }
@@ -228,6 +230,7 @@ impl Flight {
             frame_rows,
             hedge_at: around.health.hedge_after(slots.len()).map(|after| around.now + after),
             expires_at: around.now + around.dispatch_timeout,
+            is_overdue: false,
         };
         let idx = self.pieces.push(Piece {
             slots,
@@ -279,8 +282,8 @@ impl Flight {
                     compute: computed.compute_time,
                     bytes_in: if sent_back { computed.rows.n_bytes() } else { 0 },
                 };
-                self.log.end(sent.attempt_idx, around.now, ending);
-                around.health.answered(holder, reply.id, around.now);
+                self.log.end(sent.attempt_idx, around.heard_at, ending);
+                around.health.answered(holder, reply.id, around.heard_at);
                 self.bring_home(idx, computed, around)
             }
             Err(error) => self.fail(idx, error, around),
@@ -415,9 +418,12 @@ impl Flight {
         parts.into_iter().map(|part| self.send(part, as_pairs, Some(idx), purpose, around, orders)).collect()
     }
 
-    /// True if the reply to this frame would be used.
+    /// True if the reply to this frame would be used, if only to learn that its holder is back.
     pub(crate) fn waits_for(&self, frame: FrameId) -> bool {
-        self.frames.get(&frame).is_some_and(|&idx| !self.pieces.is_settled(idx))
+        self.frames.get(&frame).is_some_and(|&idx| {
+            let is_probe = matches!(&self.pieces[idx].state, State::Out(sent) if self.log.attempts[sent.attempt_idx].kind == Kind::Probe);
+            is_probe || !self.pieces.is_settled(idx)
+        })
     }
 
     pub(crate) fn activations(&self) -> &Activations {
@@ -427,9 +433,10 @@ impl Flight {
 
 /// What a late reply says about its server.
 pub(crate) fn note_late(holder: &InstanceId, reply: &Reply, around: &mut Surroundings<'_>) {
-    around.counts.stale_replies += 1;
+    let came = !matches!(&reply.outcome, Err(error) if &*error.reason == inside::NOT_NEEDED);
+    around.counts.stale_replies += u64::from(came);
     match &reply.outcome {
-        Ok(_) => around.health.answered(holder, reply.id, around.now),
+        Ok(_) => around.health.answered(holder, reply.id, around.heard_at),
         Err(error) => {
             around.health.failed(holder, reply.id, kind(error), around.now);
         }

@@ -170,8 +170,8 @@ impl Meters {
             Ending::Outrun => {}
             Ending::Answered { compute, bytes_in, .. } => {
                 layer.bytes_in.inc_by(*bytes_in as u64);
-                let server = self.servers.get(&attempt.holder).filter(|_| !attempt.inside);
-                if let (Some(server), Some(ended_at)) = (server, attempt.ended_at) {
+                if let (Some(server), Some(ended_at)) = (self.servers.get(&attempt.holder), attempt.ended_at)
+                {
                     server.round_trip.observe((ended_at - attempt.sent_at).as_secs_f64());
                     server.compute.observe(compute.as_secs_f64());
                 }
@@ -191,8 +191,11 @@ impl Meters {
             return;
         }
         self.followed = table.version();
-        let listed: HashMap<InstanceId, String> =
-            table.holders().map(|holder| (holder.instance.clone(), holder.address.clone())).collect();
+        let listed: HashMap<InstanceId, String> = table
+            .holders()
+            .filter(|holder| !holder.inside)
+            .map(|holder| (holder.instance.clone(), holder.address.clone()))
+            .collect();
         let gone: Vec<Server> = self
             .servers
             .extract_if(|instance, _| !listed.contains_key(instance))
@@ -267,6 +270,11 @@ impl<F: Fn(Instant) -> v1::RouterStatus> Fresh<F> {
     }
 }
 
+/// The servers of a router's status that are not that router itself.
+fn of_others(status: &v1::RouterStatus) -> impl Iterator<Item = &v1::ExpertServer> {
+    status.servers.iter().filter(|server| server.transport != "inside")
+}
+
 /// Metrics that the status has.
 pub(crate) fn read_status(
     metrics: &Metrics,
@@ -301,7 +309,7 @@ pub(crate) fn read_status(
         let status = servers.get();
         ["connecting", "ready", "ejected", "draining", "refused"]
             .map(|state| {
-                let n = status.servers.iter().filter(|server| server.state == state).count();
+                let n = of_others(&status).filter(|server| server.state == state).count();
                 (labels(&names::ROUTER_SERVERS, [state]), n as f64)
             })
             .to_vec()
@@ -317,7 +325,7 @@ pub(crate) fn read_status(
             let status = status.get();
             // An address may be listed twice for a moment, by a server and by the one that came before it.
             let mut by_address: Vec<(&str, f64)> = Vec::new();
-            for server in &status.servers {
+            for server in of_others(&status) {
                 let value = read(server);
                 match by_address.iter_mut().find(|(address, _)| *address == server.address) {
                     Some((_, known)) => *known = known.max(value),

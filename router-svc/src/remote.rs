@@ -114,11 +114,13 @@ impl Remote {
 
     /// Runs `decide` with the table and the time of the moment.
     fn decide<T>(&mut self, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
-        self.decide_at(now(), decide)
+        self.decide_on(now(), decide)
     }
 
-    fn decide_at<T>(&mut self, now: Instant, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
+    /// The same about something that came at `heard_at`.
+    fn decide_on<T>(&mut self, heard_at: Instant, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
         let view = self.view();
+        let now = now();
         if self.followed != view.table.version() {
             self.followed = view.table.version();
             let instances = view.table.holders().map(|holder| &holder.instance);
@@ -130,6 +132,7 @@ impl Remote {
             ids: &mut self.ids,
             counts: &mut self.counts,
             now,
+            heard_at,
             dispatch_timeout: self.dispatch_timeout,
         })
     }
@@ -139,7 +142,7 @@ impl Remote {
         while let Ok(event) = self.events.try_recv() {
             match event {
                 LinkEvent::Reply { instance, reply, at } => {
-                    self.decide_at(at, |around| note_late(&instance, &reply, around));
+                    self.decide_on(at, |around| note_late(&instance, &reply, around));
                 }
                 LinkEvent::Broken { instance, .. } => self.health.leave(&instance),
                 LinkEvent::Table => {}
@@ -202,7 +205,8 @@ impl Remote {
         self.inside.as_ref().is_some_and(|inside| inside.instance() == holder)
     }
 
-    /// Computes the frames of the experts in this process, and hears the others between two of them.
+    /// Computes the frames of the experts in this process. Between two of them that is heard which the links have read: with
+    /// large frames, their caretaker reads meanwhile.
     fn compute_inside(&mut self, flight: &mut Flight) {
         let Some(inside) = &self.inside else { return };
         if inside.due().any(is_large) && !self.view.load().links.is_empty() {
@@ -249,7 +253,7 @@ impl Remote {
         reply: Reply,
         at: Instant,
     ) -> Vec<Order> {
-        self.decide_at(at, |around| {
+        self.decide_on(at, |around| {
             let damaged = matches!(&reply.outcome, Err(error) if &*error.reason == "checksum_mismatch");
             match flight.accept(instance, reply, around) {
                 Some(orders) => orders,

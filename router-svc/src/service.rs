@@ -150,6 +150,7 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
         instance: instance.to_string(),
         placer,
         replicas: goal.replicas,
+        is_placed: session.is_dynamic(),
         checkpoint: Arc::clone(&checkpoint),
         config,
         limits,

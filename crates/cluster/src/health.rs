@@ -241,8 +241,7 @@ impl Health {
     fn silent_at(&self, server: &Server) -> Option<Instant> {
         let oldest = server.owed.values().min_by_key(|owed| owed.sent_at)?;
         // Without any experience there is no usual time: the frame's own timeout decides.
-        let usual = self.latencies.usual(oldest.n_pairs)?;
-        Some(server.answered_at.max(oldest.sent_at) + self.limits.silent_max.max(usual * SILENT_FACTOR))
+        Some(server.answered_at.max(oldest.sent_at) + self.silent_after(oldest.n_pairs)?)
     }
 
     fn eject(&mut self, instance: &InstanceId, now: Instant) -> bool {
@@ -323,6 +322,12 @@ impl Health {
     #[must_use]
     pub fn hedge_after(&self, n_pairs: usize) -> Option<Duration> {
         Some(self.latencies.p95(n_pairs)?.max(self.limits.hedge_after_min))
+    }
+
+    /// How long a server may be silent that owes a frame of so many pairs; None: too little is known.
+    #[must_use]
+    pub fn silent_after(&self, n_pairs: usize) -> Option<Duration> {
+        Some(self.limits.silent_max.max(self.latencies.usual(n_pairs)? * SILENT_FACTOR))
     }
 
     #[must_use]

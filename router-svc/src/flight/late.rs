@@ -54,12 +54,14 @@ impl Flight {
                 continue;
             }
             sent.hedge_at = None;
+            let silent = sent.is_overdue.then(|| format!("{} is silent", sent.holder));
             let n_pairs = self.pieces[idx].slots.len();
             if self.pieces.is_settled(idx) {
                 continue;
             }
-            let cause = format!("late by the p95 of frames of {n_pairs} pairs");
-            let purpose = Purpose { kind: Kind::Hedge, cause: Some(cause) };
+            let kind = if silent.is_some() { Kind::Failover } else { Kind::Hedge };
+            let late = || format!("late by the p95 of frames of {n_pairs} pairs");
+            let purpose = Purpose { kind, cause: silent.or_else(|| Some(late())) };
             match self.hedge(idx, &purpose, |health| &mut health.hedges, around) {
                 Ok(more) => orders.extend(more),
                 // Later, when there are tokens again, if it is still late then.
@@ -68,7 +70,17 @@ impl Flight {
                         sent.hedge_at = around.health.hedge_after(n_pairs).map(|after| now + after);
                     }
                 }
-                Err(NotHedged::NobodyElse) => {}
+                // Nobody but this router, perhaps: that takes being silent, not only late.
+                Err(NotHedged::NobodyElse) => {
+                    let inside = around.table.holders().any(|holder| holder.inside);
+                    if let State::Out(sent) = &mut self.pieces[idx].state
+                        && inside
+                        && !sent.is_overdue
+                    {
+                        sent.is_overdue = true;
+                        sent.hedge_at = around.health.silent_after(n_pairs).map(|after| now + after);
+                    }
+                }
             }
         }
         orders
@@ -98,7 +110,10 @@ impl Flight {
             return Ok(Vec::new());
         }
         let (parts, orphans) = self.plan_elsewhere(idx, purpose.kind, around);
-        if !orphans.is_empty() {
+        let inside = around.table.holders().any(|holder| holder.inside);
+        let any_out = parts.iter().any(|part| !around.health.is_in(&part.holder));
+        // Before an ejected server is asked, this router would be, which is in.
+        if !orphans.is_empty() || (inside && purpose.kind == Kind::Hedge && any_out) {
             return Err(NotHedged::NobodyElse);
         }
         if !budget(around.health).spend(parts.len()) {

@@ -66,6 +66,8 @@ pub(super) struct Sent {
     /// When a second frame is due; None: nobody else could take it, or one is under way.
     pub(super) hedge_at: Option<Instant>,
     pub(super) expires_at: Instant,
+    /// Past what makes a holder silent, whether it could be ejected or not: worth the engine's own time.
+    pub(super) is_overdue: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

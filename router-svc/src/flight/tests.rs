@@ -11,6 +11,8 @@ use crate::{
     dispatch::tests::{activations, any_instant, holder, table},
 };
 
+mod inside;
+
 const EXACT: Combine = Combine::Exact(Grid { exponent: -10, contribution_max: 1000.0 });
 
 /// What an expert server would answer: expert e turns a row into row + e, times the weight.
@@ -103,6 +105,7 @@ impl Case {
             ids: &mut self.ids,
             counts: &mut self.counts,
             now: self.now,
+            heard_at: self.now,
             dispatch_timeout: Duration::from_secs(30),
         }
     }
@@ -465,26 +468,4 @@ fn a_reply_of_somebody_else_is_not_used() {
     assert!(case.accept(&mut flight, &stranger, serve(&stranger.frame, f32::MAX)).is_none());
     case.land(&mut flight, &orders);
     check(flight);
-}
-
-/// A late frame is not computed by whoever waits for it; a lost one is.
-#[test]
-fn experts_inside_take_over_what_is_lost_and_not_what_is_late() {
-    let mut case = Case::warm(&[("a", &[0, 1, 2, 3])]);
-    let mut members = Members::default();
-    members.join(holder("a", &[0, 1, 2, 3], 7)).unwrap();
-    let (mut flight, orders) = case.launch(EXACT);
-    assert_eq!(orders.len(), 1);
-    let here = cluster::Holder { inside: true, ..holder("here", &[0, 1, 2, 3], 7) };
-    case.table = members.join(here).unwrap();
-    case.health.follow(case.table.holders().map(|holder| &holder.instance), case.now);
-    case.now += Duration::from_millis(100);
-    assert!(flight.tick(&mut case.around()).is_empty());
-    let gone = Error::new(Code::Unavailable, "link_down", "gone");
-    let orders = flight.lose_holder(&"a".into(), &gone, &mut case.around());
-    let holders: Vec<_> = orders.iter().map(|order| order.holder.as_str()).collect();
-    assert_eq!(holders, ["here"]);
-    assert!(flight.waits_for(orders[0].frame.id));
-    case.land(&mut flight, &orders);
-    assert!(flight.is_home() && !flight.waits_for(orders[0].frame.id));
 }

@@ -85,6 +85,7 @@ impl World {
             ids: &mut router.ids,
             counts: &mut router.counts,
             now,
+            heard_at: now,
             dispatch_timeout: DISPATCH_TIMEOUT,
         };
         decide(&mut around, &mut router.flight)
