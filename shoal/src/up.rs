@@ -113,6 +113,10 @@ pub(crate) async fn run(mut args: Args, log: &LogArgs) -> anyhow::Result<ExitCod
         "--replicas {} is for expert servers, and --experts 0 starts none",
         args.replicas
     );
+    ensure!(
+        args.experts > 0 || args.pass.expert.is_empty(),
+        "--expert-arg is for expert servers, and --experts 0 starts none"
+    );
     let plan = Plan {
         model: checkpoint_dir::find(args.model.as_deref())?,
         experts: match &registry {

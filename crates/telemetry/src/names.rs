@@ -161,7 +161,7 @@ catalogue! {
     ROUTER_MISSING = "shoal_router_experts_missing", Gauge, Router, [],
         "(layer, expert) pairs that nobody holds";
     ROUTER_UNDER_REPLICATED = "shoal_router_experts_under_replicated", Gauge, Router, [],
-        "(layer, expert) pairs with fewer holders than --replicas";
+        "(layer, expert) pairs with fewer holders than --replicas; with etcd, fewer expert servers";
     ROUTER_READY = "shoal_router_ready", Gauge, Router, [],
         "1 if requests can be answered";
     ROUTER_LEADER = "shoal_router_leader", Gauge, Router, [],
