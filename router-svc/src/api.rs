@@ -199,7 +199,7 @@ impl Api {
             let instance = InstanceId::from(link.instance.as_str());
             let summary = dispatch.servers.get(&instance).copied().unwrap_or_default();
             let queued =
-                view.links.get(&instance).map_or(0, |sender| sender.max_capacity() - sender.capacity());
+                view.links.get(&instance).map_or(0, |way| way.frames.max_capacity() - way.frames.capacity());
             v1::ExpertServer {
                 frames_in_flight: (queued + summary.n_owed) as u64,
                 state: if link.state == "ready" && summary.ejected { "ejected" } else { link.state }

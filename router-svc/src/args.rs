@@ -202,6 +202,7 @@ impl Args {
         health::Limits {
             hedge_after_min: self.hedge_after_min,
             silent_max: self.silent_max,
+            answer_max: self.dispatch_timeout,
             eject_share: self.eject_share,
             ..health::Limits::default()
         }

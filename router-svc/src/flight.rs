@@ -263,6 +263,7 @@ impl Flight {
         reply: Reply,
         around: &mut Surroundings<'_>,
     ) -> Option<Vec<Order>> {
+        around.health.heard(holder, around.heard_at);
         let waiting = self.frames.get(&reply.id).copied().filter(|&idx| {
             let from_holder = matches!(&self.pieces[idx].state, State::Out(sent) if sent.holder == *holder);
             from_holder && !self.pieces.is_settled(idx)
@@ -435,6 +436,7 @@ impl Flight {
 pub(crate) fn note_late(holder: &InstanceId, reply: &Reply, around: &mut Surroundings<'_>) {
     let came = !matches!(&reply.outcome, Err(error) if &*error.reason == inside::NOT_NEEDED);
     around.counts.stale_replies += u64::from(came);
+    around.health.heard(holder, around.heard_at);
     match &reply.outcome {
         Ok(_) => around.health.answered(holder, reply.id, around.heard_at),
         Err(error) => {

@@ -21,6 +21,7 @@ use telemetry::Tasks;
 use tokio::{
     runtime::Handle,
     sync::{
+        Notify,
         mpsc::{self, UnboundedSender},
         watch,
     },
@@ -32,7 +33,7 @@ use crate::{
     dial::{self, CONNECT_TIMEOUT, Transport},
     engine::Command,
     identity::Identity,
-    remote::{LINK_FRAMES_MAX, LinkEvent, View, now},
+    remote::{LINK_FRAMES_MAX, LinkEvent, View, Way, now},
 };
 
 /// What is known of one listed server, for `Status`.
@@ -67,12 +68,12 @@ pub(crate) struct Links {
 #[derive(Default)]
 struct Joined {
     members: Members,
-    links: HashMap<InstanceId, mpsc::Sender<v1::Frame>>,
+    links: HashMap<InstanceId, Way>,
 }
 
 /// How frames get to a holder that joins.
-enum Way {
-    Link(mpsc::Sender<v1::Frame>, Transport),
+enum Through {
+    Link(Way, Transport),
     /// They stay in this process.
     Inside,
     /// It has joined already, and holds something else now.
@@ -154,7 +155,7 @@ impl Links {
     /// The experts that this router holds itself: nothing is connected to them, and nothing of it breaks.
     pub(crate) fn hold(&self, holder: Holder) -> Result<(), Error> {
         let key = holder.instance.to_string();
-        self.join(&key, holder, Way::Inside)
+        self.join(&key, holder, Through::Inside)
     }
 
     pub(crate) fn states(&self) -> BTreeMap<String, LinkState> {
@@ -254,7 +255,8 @@ impl Links {
         listed: &mut watch::Receiver<Option<Member>>,
     ) -> Error {
         let Connection { mut client, transport, mut holder } = connection;
-        let (sender, receiver) = mpsc::channel(LINK_FRAMES_MAX);
+        let (frames, receiver) = mpsc::channel(LINK_FRAMES_MAX);
+        let given_up = Arc::new(Notify::new());
         let opened =
             tokio::time::timeout(CONNECT_TIMEOUT, client.dispatch(ReceiverStream::new(receiver))).await;
         let mut replies = match opened {
@@ -262,7 +264,8 @@ impl Links {
             Ok(Err(status)) => return Error::from_status(&status),
             Err(_) => return Error::new(Code::DeadlineExceeded, "dispatch_refused", "no answer to Dispatch"),
         };
-        if let Err(error) = self.join(key, holder.clone(), Way::Link(sender, transport)) {
+        let way = Way { frames, given_up: Arc::clone(&given_up) };
+        if let Err(error) = self.join(key, holder.clone(), Through::Link(way, transport)) {
             return error;
         }
         let instance = holder.instance.clone();
@@ -273,6 +276,11 @@ impl Links {
                     Ok(reply) => self.tell(LinkEvent::Reply { instance: instance.clone(), reply, at: now() }),
                     Err(error) => break error,
                 },
+                // A server that hangs, or a stream that is lost in a connection that lives.
+                () = given_up.notified() => {
+                    let message = format!("{instance} owes answers and says nothing");
+                    break Error::new(Code::DeadlineExceeded, "mute", message);
+                }
                 changed = listed.changed(), if hears => {
                     hears = changed.is_ok();
                     let record = listed.borrow_and_update().clone().and_then(|member| member.record);
@@ -287,7 +295,7 @@ impl Links {
                             Ok(now) => break Error::new(Code::Unavailable, "link_down", format!("{} answers there now", now.instance)),
                             Err(error) => break error,
                         }
-                        if let Err(error) = self.join(key, holder.clone(), Way::AsBefore) {
+                        if let Err(error) = self.join(key, holder.clone(), Through::AsBefore) {
                             break error;
                         }
                         tracing::info!(%instance, experts = holder.n_experts(), epoch = %holder.epoch, "holdings changed");
@@ -316,20 +324,20 @@ impl Links {
         }
     }
 
-    fn join(&self, key: &str, holder: Holder, way: Way) -> Result<(), Error> {
+    fn join(&self, key: &str, holder: Holder, through: Through) -> Result<(), Error> {
         let mut joined = lock(&self.joined);
         let instance = holder.instance.clone();
         let table = joined.members.join(holder.clone()).map_err(|error| {
             tracing::error!(%error, "expert server refused");
             Error::new(Code::InvalidArgument, "refused", error.to_string())
         })?;
-        let transport = match way {
-            Way::Link(link, transport) => {
+        let transport = match through {
+            Through::Link(link, transport) => {
                 joined.links.insert(instance, link);
                 Some(transport)
             }
-            Way::Inside => Some(Transport::Inside),
-            Way::AsBefore => None,
+            Through::Inside => Some(Transport::Inside),
+            Through::AsBefore => None,
         };
         self.set_state(key, &holder.address, "ready", "", Some((&holder, transport)));
         self.publish(&joined, table);

@@ -13,7 +13,10 @@ use ids::{ExpertId, InstanceId, LayerId, Version};
 use proto::{Code, Error, Frame, Reply, frame::Combine, v1};
 use telemetry::trace::new_span_id;
 use tokio::{
-    sync::mpsc::{Sender, UnboundedReceiver, error::TrySendError},
+    sync::{
+        Notify,
+        mpsc::{Sender, UnboundedReceiver, error::TrySendError},
+    },
     time::timeout,
 };
 
@@ -32,7 +35,15 @@ pub(crate) const LINK_FRAMES_MAX: usize = 256;
 #[derive(Debug, Default)]
 pub(crate) struct View {
     pub(crate) table: RoutingTable,
-    pub(crate) links: HashMap<InstanceId, Sender<v1::Frame>>,
+    pub(crate) links: HashMap<InstanceId, Way>,
+}
+
+/// The engine's end of a link.
+#[derive(Clone, Debug)]
+pub(crate) struct Way {
+    pub(crate) frames: Sender<v1::Frame>,
+    /// Told when nothing comes back: the link is to be made again.
+    pub(crate) given_up: Arc<Notify>,
 }
 
 /// What links tell the engine. The channel is unbounded; frames in flight and what happens to servers bound it.
@@ -194,6 +205,7 @@ impl Remote {
             }
             self.hear_all(&mut flight);
             if wake_at.is_some_and(|at| at <= now()) {
+                self.give_up_mute();
                 let orders = self.decide(|around| tick(&mut flight, around));
                 self.send(&mut flight, orders);
             }
@@ -241,6 +253,16 @@ impl Remote {
         self.send(flight, orders);
     }
 
+    /// Has the links made again on which nothing comes back. What was sent on them is lost when they say that they broke.
+    fn give_up_mute(&mut self) {
+        let view = self.view();
+        for instance in self.health.mute(now()) {
+            if let Some(way) = view.links.get(&instance) {
+                way.given_up.notify_one();
+            }
+        }
+    }
+
     fn look_again(&mut self, flight: &mut Flight) {
         let orders = self.decide(|around| flight.look_again(around));
         self.send(flight, orders);
@@ -275,7 +297,7 @@ impl Remote {
                 continue;
             }
             let view = self.view();
-            let why = match view.links.get(&holder).map(Sender::try_reserve) {
+            let why = match view.links.get(&holder).map(|way| way.frames.try_reserve()) {
                 Some(Ok(place)) => {
                     place.send(frame.into_wire());
                     continue;

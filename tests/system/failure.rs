@@ -5,6 +5,7 @@ mod degraded;
 mod draining;
 mod inside;
 mod large;
+mod mute;
 mod stand_in;
 mod wrong;
 

@@ -23,6 +23,8 @@ pub struct Limits {
     /// A server that owes a frame and has answered nothing for this long, and for [`SILENT_FACTOR`] times what such a
     /// frame takes, is ejected.
     pub silent_max: Duration,
+    /// A server that owes a frame for so long without a word is given up, whatever the frame: its own timeout.
+    pub answer_max: Duration,
     /// So many failures in a row eject a server.
     pub failures_max: u32,
     /// The first ejection; each further one is twice as long.
@@ -37,6 +39,7 @@ impl Default for Limits {
         Self {
             hedge_after_min: Duration::from_millis(2),
             silent_max: Duration::from_millis(250),
+            answer_max: Duration::from_secs(30),
             failures_max: 5,
             eject: Duration::from_secs(1),
             eject_max: Duration::from_secs(30),
@@ -47,6 +50,9 @@ impl Default for Limits {
 
 /// A frame that takes this many times the usual is no slow frame but a silent server.
 const SILENT_FACTOR: u32 = 8;
+/// What is silent for so long and owes something has a way to it that is made again: as long as a connection may take
+/// whose pings nobody answers. A stream can be lost inside one whose pings are answered.
+const MUTE_MIN: Duration = Duration::from_secs(3);
 
 /// How a frame failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +80,8 @@ pub struct Health {
 struct Server {
     owed: HashMap<FrameId, Owed>,
     answered_at: Instant,
+    /// Since when it owes something and nothing was heard of it.
+    unheard_since: Instant,
     /// Moving average of its latency over the usual one of frames of the same size.
     slowness: f32,
     latency: Duration,
@@ -132,6 +140,7 @@ impl Health {
         let server = Server {
             owed: HashMap::new(),
             answered_at: now,
+            unheard_since: now,
             slowness: 1.0,
             latency: Duration::ZERO,
             failures_in_a_row: 0,
@@ -161,7 +170,17 @@ impl Health {
         self.hedges.earn();
         self.failovers.earn();
         if let Some(server) = self.servers.get_mut(instance) {
+            if server.owed.is_empty() {
+                server.unheard_since = now;
+            }
             server.owed.insert(frame, Owed { sent_at: now, n_pairs });
+        }
+    }
+
+    /// `instance` said something, whatever it was.
+    pub fn heard(&mut self, instance: &InstanceId, now: Instant) {
+        if let Some(server) = self.servers.get_mut(instance) {
+            server.unheard_since = now;
         }
     }
 
@@ -231,11 +250,38 @@ impl Health {
         silent
     }
 
-    /// The next moment at which [`Health::tick`] may have something to say.
+    /// Servers that owe a frame and have said nothing for longer than any of them takes, ejected or not: what is sent to
+    /// them the same way may be lost as well. Named once; again after as long a time.
+    pub fn mute(&mut self, now: Instant) -> Vec<InstanceId> {
+        let is_mute = |server: &Server| self.mute_at(server).is_some_and(|at| at <= now);
+        let mut mute: Vec<InstanceId> = self
+            .servers
+            .iter()
+            .filter(|(_, server)| is_mute(server))
+            .map(|(instance, _)| instance.clone())
+            .collect();
+        mute.sort_unstable();
+        mute.iter().for_each(|instance| self.heard(instance, now));
+        mute
+    }
+
+    /// The next moment at which [`Health::tick`] or [`Health::mute`] may have something to say.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
-        let servers = self.servers.values().filter(|server| !matches!(server.state, State::Ejected { .. }));
-        servers.filter_map(|server| self.silent_at(server)).min()
+        let silent_at = |server: &Server| match server.state {
+            State::In | State::Probing { .. } => self.silent_at(server),
+            State::Ejected { .. } => None,
+        };
+        let of = |server| [silent_at(server), self.mute_at(server)].into_iter().flatten().min();
+        self.servers.values().filter_map(of).min()
+    }
+
+    fn mute_at(&self, server: &Server) -> Option<Instant> {
+        let answer_max = self.limits.answer_max;
+        let after = |owed: &Owed| {
+            self.silent_after(owed.n_pairs).map_or(answer_max, |after| after.max(MUTE_MIN).min(answer_max))
+        };
+        Some(server.unheard_since + server.owed.values().map(after).max()?)
     }
 
     fn silent_at(&self, server: &Server) -> Option<Instant> {

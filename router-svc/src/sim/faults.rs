@@ -18,6 +18,9 @@ pub(super) struct Network {
     pub(super) passes_from: Vec<bool>,
     /// Loses, doubles and reorders messages.
     lossy: Vec<bool>,
+    /// Links on which everything is lost in that direction, although they live: a damaged length, say.
+    swallows_to: Vec<u64>,
+    swallows_from: Vec<u64>,
 }
 
 /// How long a link that carries nothing lives: the keepalive of the real one.
@@ -32,6 +35,8 @@ impl Network {
             passes_to: all(true),
             passes_from: all(true),
             lossy: all(false),
+            swallows_to: vec![0; n_servers],
+            swallows_from: vec![0; n_servers],
         }
     }
 
@@ -47,6 +52,20 @@ impl Network {
         self.n_links += 1;
         self.links[server] = self.n_links;
         self.n_links
+    }
+
+    pub(super) fn swallows_frame(&self, server: usize, link: u64) -> bool {
+        self.swallows_to[server] == link
+    }
+
+    pub(super) fn swallows_reply(&self, server: usize, link: u64) -> bool {
+        self.swallows_from[server] == link
+    }
+
+    /// One is found after the other, each after a dispatch timeout: with several, there is no saying by when.
+    fn any_swallows(&self) -> bool {
+        let mut swallows = self.swallows_to.iter().zip(&self.swallows_from).zip(&self.links);
+        swallows.any(|((to, from), link)| *link != 0 && (to == link || from == link))
     }
 
     pub(super) fn unmake(&mut self, server: usize) {
@@ -103,7 +122,9 @@ impl World {
             "registry",
             "data loss",
             "leader",
-        ][self.dice.below(14)];
+            "swallow to",
+            "swallow from",
+        ][self.dice.below(16)];
         self.n_faults += 1;
         self.note(|| format!("fault: {what} s{server} for {lasts:?}"));
         let state = &mut self.servers[server];
@@ -132,6 +153,10 @@ impl World {
                 let link = self.network.link_of(server);
                 self.after(Duration::from_micros(10), Event::LinkBreaks { server, link });
             }
+            // Until the router makes it again: nothing mends it.
+            "swallow to" | "swallow from" if self.network.any_swallows() => {}
+            "swallow to" => self.network.swallows_to[server] = self.network.link_of(server),
+            "swallow from" => self.network.swallows_from[server] = self.network.link_of(server),
             "registry" => self.registry.is_up = false,
             "data loss" => self.lose_data(),
             "leader" => self.change_leader(),

@@ -53,7 +53,7 @@ impl Router {
         Self {
             members: Members::default(),
             table: RoutingTable::default(),
-            health: Health::new(Limits::default()),
+            health: Health::new(Limits { answer_max: DISPATCH_TIMEOUT, ..Limits::default() }),
             ids: FrameIds::default(),
             counts: Counts::default(),
             server_of: HashMap::new(),
@@ -191,7 +191,7 @@ impl World {
     }
 
     pub(super) fn reply_arrives(&mut self, server: usize, link: u64, reply: Reply) {
-        if !self.network.is_link(server, link) {
+        if !self.network.is_link(server, link) || self.network.swallows_reply(server, link) {
             return;
         }
         let state = &self.servers[server];
@@ -219,6 +219,14 @@ impl World {
         }
         if self.router.flight.is_none() {
             return self.launch();
+        }
+        let now = self.now();
+        for instance in self.router.health.mute(now) {
+            self.note(|| format!("{instance} is mute: its link is made again"));
+            if let Some(&server) = self.router.server_of.get(&instance) {
+                let link = self.network.link_of(server);
+                self.after(Duration::from_micros(10), Event::LinkBreaks { server, link });
+            }
         }
         let orders = self.with_router(|around, flying| {
             around.health.tick(around.now);

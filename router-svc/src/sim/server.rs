@@ -86,7 +86,8 @@ impl Server {
 
 impl World {
     pub(super) fn frame_arrives(&mut self, server: usize, link: u64, frame: Frame) {
-        if !self.network.is_link(server, link) || !self.servers[server].is_up {
+        let is_lost = !self.network.is_link(server, link) || self.network.swallows_frame(server, link);
+        if is_lost || !self.servers[server].is_up {
             return;
         }
         if self.servers[server].frozen || !self.network.passes_to[server] {

@@ -96,6 +96,39 @@ fn a_silent_server_is_ejected_and_a_probe_brings_it_back() {
 }
 
 #[test]
+fn a_server_that_says_nothing_for_three_seconds_is_mute_once() {
+    let mut bench = Bench::new(&["a", "b"]);
+    bench.work("a", 40);
+    bench.send("a");
+    bench.wait(2999);
+    bench.health.tick(bench.now);
+    assert!(!bench.health.is_in(&id("a")) && bench.health.mute(bench.now).is_empty());
+    bench.wait(1);
+    assert_eq!(bench.health.next_tick(), Some(bench.now));
+    assert_eq!(bench.health.mute(bench.now), [id("a")]);
+    assert!(bench.health.mute(bench.now).is_empty(), "it was said");
+    // Whatever it says, it is heard; what owes nothing may say nothing.
+    bench.wait(2999);
+    bench.health.heard(&id("a"), bench.now);
+    bench.wait(2999);
+    assert!(bench.health.mute(bench.now).is_empty());
+    bench.health.leave(&id("a"));
+    bench.health.join(&id("a"), bench.now);
+    bench.wait(60_000);
+    assert!(bench.health.mute(bench.now).is_empty());
+}
+
+#[test]
+fn without_experience_the_frames_own_timeout_makes_a_server_mute() {
+    let mut bench = Bench::new(&["a"]);
+    bench.send("a");
+    bench.wait(29_999);
+    assert!(bench.health.mute(bench.now).is_empty());
+    bench.wait(1);
+    assert_eq!(bench.health.mute(bench.now), [id("a")]);
+}
+
+#[test]
 fn a_server_that_nobody_can_stand_in_for_comes_back_by_its_work() {
     let mut bench = Bench::new(&["a"]);
     bench.work("a", 40);
