@@ -69,6 +69,21 @@ struct Panel<'a> {
 
 type Line = [u8; 64];
 
+/// What is around a panel in the order in which a thread reads.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "AVX-512 alone fetches ahead"))]
+struct Near<'a> {
+    /// Nobody has asked for the panel before.
+    is_cold: bool,
+    /// What is read after it.
+    next: &'a [Line],
+}
+
+impl Near<'_> {
+    /// Few rows ask for all they read themselves, as far ahead as memory is away.
+    const FEW_ROWS: Self = Self { is_cold: true, next: &[] };
+}
+
 impl Bits {
     /// Lines of one block of a panel.
     const fn block_lines(self) -> usize {
@@ -221,12 +236,20 @@ fn add_products<const R: usize>(
 }
 
 /// Rows of `x` from `first` on, the first of a group, times the outputs of one panel → `y`, one a row.
-fn rows_with_panel(isa: Isa, bits: Bits, x: &Rows, first: usize, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "AVX-512 alone fetches ahead"))]
+fn rows_with_panel(
+    (isa, bits): (Isa, Bits),
+    x: &Rows,
+    first: usize,
+    panel: Panel<'_>,
+    near: Near<'_>,
+    y: &mut [[f32; OUTPUTS]],
+) {
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     match isa {
         Isa::Amx if x.group == TILE_ROWS => return unsafe { amx::rows_with_panel(bits, x, first, panel, y) },
-        Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_panel(bits, x, first, panel, y) },
+        Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_panel(bits, x, first, panel, near, y) },
         Isa::Avx2 if !x.wide.is_empty() => {
             y.fill([0.0; OUTPUTS]);
             return unsafe { avx2::add_products_wide(bits, x, first, panel, y) };
@@ -273,9 +296,15 @@ pub(crate) fn rows_with_panels(
         let n_rows = ROWS_PASS.min(x.n_rows - first);
         for start in panels.clone().step_by(PANELS_PASS) {
             let some = start..(start + PANELS_PASS).min(panels.end);
-            for (panel, sums) in some.clone().zip(sums.chunks_exact_mut(rows_max)) {
-                let panel = Panel::of(bits, packed, width, panel);
-                rows_with_panel(isa, bits, x, first, panel, &mut sums[..n_rows]);
+            for (at, sums) in some.clone().zip(sums.chunks_exact_mut(rows_max)) {
+                let panel = |at| Panel::of(bits, packed, width, at);
+                let near = if n_rows > GROUP {
+                    let next = if at + 1 < panels.end { panel(at + 1).lines } else { &[] };
+                    Near { is_cold: first == 0 && at == panels.start, next }
+                } else {
+                    Near::FEW_ROWS
+                };
+                rows_with_panel((isa, bits), x, first, panel(at), near, &mut sums[..n_rows]);
             }
             for row in 0..n_rows {
                 let y = &mut y.row(first + row)[(start - panels.start) * OUTPUTS..];
@@ -308,7 +337,8 @@ pub(crate) fn sum_of_positive(x: &Rows, weights: &[f32], panels: &[u8], width: u
     let isa = Isa::detect();
     let mut products = vec![[0.0; OUTPUTS]; x.n_rows];
     for (at, sums) in sums.chunks_mut(OUTPUTS).enumerate() {
-        rows_with_panel(isa, Bits::Eight, x, 0, Panel::of(Bits::Eight, panels, width, at), &mut products);
+        let panel = Panel::of(Bits::Eight, panels, width, at);
+        rows_with_panel((isa, Bits::Eight), x, 0, panel, Near::FEW_ROWS, &mut products);
         let mut sum = [0.0; OUTPUTS];
         super::add_positive(&products, weights, &mut sum);
         sums.copy_from_slice(&sum[..sums.len()]);

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    BLOCK, Bits, GROUP, Group, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, gated,
+    BLOCK, Bits, GROUP, Group, Line, Near, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, gated,
 };
 
 /// How far ahead a panel's lines are asked for, into the second cache and from there into the first: with one of both,
@@ -17,6 +17,8 @@ const fn ahead_bytes(four: bool) -> usize {
     if four { 2048 } else { 4096 }
 }
 const NEAR_BYTES: usize = 512;
+/// The same of a panel that is in the second cache.
+const NEARER_BYTES: usize = 1024;
 /// Groups of four neighbouring elements in a block.
 const STEPS: usize = BLOCK / 4;
 
@@ -84,9 +86,13 @@ pub(super) fn prefetch<const HINT: i32>(line: &Line, ahead_bytes: usize) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch_after<const FOUR: bool>(line: &Line) {
-    prefetch::<_MM_HINT_T0>(line, NEAR_BYTES);
-    prefetch::<_MM_HINT_T1>(line, const { ahead_bytes(FOUR) });
+fn prefetch_after<const FOUR: bool, const COLD: bool>(line: &Line) {
+    if COLD {
+        prefetch::<_MM_HINT_T0>(line, NEAR_BYTES);
+        prefetch::<_MM_HINT_T1>(line, const { ahead_bytes(FOUR) });
+    } else {
+        prefetch::<_MM_HINT_T0>(line, NEARER_BYTES);
+    }
 }
 
 /// The scales of one block as f32.
@@ -105,38 +111,42 @@ fn broadcast([a, b, c, d]: [i8; 4]) -> __m512i {
     _mm512_set1_epi32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
-/// Rows from `first` on times the outputs of one panel → `y`, one a row.
+/// Rows from `first` on times the outputs of one panel → `y`, one a row. What is read `next` is fetched meanwhile, a little
+/// with each block: a panel takes longer to come from memory than a group's products.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 pub(super) fn rows_with_panel(
     bits: Bits,
     x: &Rows,
     first: usize,
     panel: Panel<'_>,
+    Near { is_cold, next }: Near<'_>,
     y: &mut [[f32; OUTPUTS]],
 ) {
+    let mut next = next.chunks(next.len().div_ceil(y.len().div_ceil(GROUP)).max(1));
     for (at, y) in y.chunks_mut(GROUP).enumerate() {
-        let x = x.group(first + at * GROUP);
+        let (x, next) = (x.group(first + at * GROUP), next.next().unwrap_or(&[]));
+        let near = Near { is_cold: is_cold && at == 0, next };
         match bits {
-            Bits::Eight => group_with_panel::<false>(x, panel, at == 0, y),
-            Bits::Four => group_with_panel::<true>(x, panel, at == 0, y),
+            Bits::Eight => group_with_panel::<false>(x, panel, near, y),
+            Bits::Four => group_with_panel::<true>(x, panel, near, y),
         }
     }
 }
 
-/// The same with one group. The panel is prefetched for the first one; the others find it in a cache.
+/// The same with one group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 fn group_with_panel<const FOUR: bool>(
     x: Group<'_>,
     panel: Panel<'_>,
-    is_first: bool,
+    Near { is_cold, next }: Near<'_>,
     y: &mut [[f32; OUTPUTS]],
 ) {
     macro_rules! of {
         ($($n:literal)*) => {
-            match (y.len(), is_first) {
-                $(($n, true) => products::<$n, FOUR, true>(x, panel, y),)*
-                $(($n, false) => products::<$n, FOUR, false>(x, panel, y),)*
+            match (y.len(), is_cold) {
+                $(($n, true) => products::<$n, FOUR, true>(x, panel, next, y),)*
+                $(($n, false) => products::<$n, FOUR, false>(x, panel, next, y),)*
                 (n, _) => unreachable!("{n} rows in a group"),
             }
         };
@@ -145,9 +155,10 @@ fn group_with_panel<const FOUR: bool>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
+fn products<const R: usize, const FOUR: bool, const COLD: bool>(
     x: Group<'_>,
     panel: Panel<'_>,
+    next: &[Line],
     y: &mut [[f32; OUTPUTS]],
 ) {
     let low_halves = _mm512_set1_epi8(0x0f);
@@ -155,23 +166,23 @@ fn products<const R: usize, const FOUR: bool, const PREFETCH: bool>(
     let mut sums = [_mm512_setzero_ps(); R];
     let pair_lines = const { if FOUR { Bits::Four.pair_lines() } else { Bits::Eight.pair_lines() } };
     let (x_numbers, x_scales) = (x.numbers.as_chunks::<R>().0, x.scales.as_chunks::<R>().0);
+    let mut next = next.chunks(next.len().div_ceil(x_scales.len().max(1)).max(1));
     let mut of_rows = x_numbers.iter().zip(x_scales).zip(x.biases.as_chunks::<R>().0);
     for lines in panel.lines.chunks_exact(pair_lines) {
         let Some((w_scales, lines)) = lines.split_first() else { return };
-        if PREFETCH {
-            prefetch_after::<FOUR>(w_scales);
-        }
+        prefetch_after::<FOUR, COLD>(w_scales);
         let blocks = lines.chunks_exact(pair_lines / 2).zip(w_scales.as_chunks::<SCALES_BYTES>().0);
         for ((lines, w_scales), ((x, x_scales), biases)) in blocks.zip(&mut of_rows) {
+            for line in next.next().unwrap_or(&[]) {
+                prefetch::<_MM_HINT_T1>(line, 0);
+            }
             let mut dots = [_mm512_setzero_si512(); R];
             for r in 0..R {
                 dots[r] = _mm512_set1_epi32(biases[r][usize::from(FOUR)]);
             }
             for (at, line) in lines.iter().enumerate() {
                 let w = load(line);
-                if PREFETCH {
-                    prefetch_after::<FOUR>(line);
-                }
+                prefetch_after::<FOUR, COLD>(line);
                 if FOUR {
                     let low = _mm512_and_si512(w, low_halves);
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low_halves);

@@ -4,8 +4,8 @@
 use std::{marker::PhantomData, ops::Range};
 
 use super::{
-    super::generic::silu_mul, BLOCK, Biases, Bits, GROUP, Isa, OUTPUTS, Panel, Quantize, ROWS_PASS, Rows,
-    WideBlock, biases_of, rows_with_panel, scalar, sums, widen,
+    super::generic::silu_mul, BLOCK, Biases, Bits, GROUP, Isa, Near, OUTPUTS, Panel, Quantize, ROWS_PASS,
+    Rows, WideBlock, biases_of, rows_with_panel, scalar, sums, widen,
 };
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -79,15 +79,26 @@ impl Gated<'_> {
             let n_rows = ROWS_PASS.min(self.rows.n_rows() - first);
             let (gate, up) = sums[..n_rows * 2 * PANELS].split_at_mut(n_rows * PANELS);
             for block in to.range.clone() {
-                let panels = block * PANELS..(block + 1) * PANELS;
-                for (packed, sums) in [(self.gate, &mut *gate), (self.up, &mut *up)] {
-                    for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(n_rows)) {
-                        if panel < n_panels {
-                            let panel = Panel::of(self.bits, packed, self.width, panel);
-                            rows_with_panel(isa, self.bits, self.rows, first, panel, sums);
-                        } else {
-                            sums.fill([0.0; OUTPUTS]);
-                        }
+                let sums = gate.chunks_exact_mut(n_rows).zip(up.chunks_exact_mut(n_rows));
+                for (at, (gate, up)) in (block * PANELS..).zip(sums) {
+                    if at >= n_panels {
+                        gate.fill([0.0; OUTPUTS]);
+                        up.fill([0.0; OUTPUTS]);
+                        continue;
+                    }
+                    // A panel of each by turns, and so to the end.
+                    let panel = |packed, at| Panel::of(self.bits, packed, self.width, at);
+                    let (mut of_gate, mut of_up) = (Near::FEW_ROWS, Near::FEW_ROWS);
+                    if n_rows > GROUP {
+                        let is_cold = first == 0 && at == to.range.start * PANELS;
+                        let has_next = at + 1 < n_panels.min(to.range.end * PANELS);
+                        let next = if has_next { panel(self.gate, at + 1).lines } else { &[] };
+                        of_gate = Near { is_cold, next: panel(self.up, at).lines };
+                        of_up = Near { is_cold: false, next };
+                    }
+                    for (packed, near, sums) in [(self.gate, of_gate, gate), (self.up, of_up, up)] {
+                        let isa = (isa, self.bits);
+                        rows_with_panel(isa, self.rows, first, panel(packed, at), near, sums);
                     }
                 }
                 gate_with(isa, Part { gate, up, first, block, to });

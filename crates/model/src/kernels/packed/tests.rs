@@ -14,7 +14,8 @@ fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<
     let mut y = vec![0.0; x.n_rows * panels * OUTPUTS];
     let mut sums = vec![[0.0; OUTPUTS]; x.n_rows];
     for at in 0..panels {
-        rows_with_panel(isa, bits, x, 0, Panel::of(bits, packed, width, at), &mut sums);
+        let panel = Panel::of(bits, packed, width, at);
+        rows_with_panel((isa, bits), x, 0, panel, Near::FEW_ROWS, &mut sums);
         for (row, sums) in sums.iter().enumerate() {
             y[(row * panels + at) * OUTPUTS..][..OUTPUTS].copy_from_slice(sums);
         }
