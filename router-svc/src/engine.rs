@@ -138,6 +138,7 @@ impl Engine {
         let batch = self.scheduler.schedule(now, &view.table);
         if batch.is_empty() {
             let late = self.remote.hear_late();
+            self.remote.give_up_mute();
             let waits = late || self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
             return if waits { Turn::Waiting } else { Turn::Idle };
         }

@@ -272,6 +272,8 @@ impl Links {
         let mut hears = true;
         let error = loop {
             tokio::select! {
+                // What has come is heard before the way it came is given up.
+                biased;
                 reply = self.next_reply(&mut replies, &instance) => match reply {
                     Ok(reply) => self.tell(LinkEvent::Reply { instance: instance.clone(), reply, at: now() }),
                     Err(error) => break error,

@@ -82,6 +82,8 @@ const ASSIGNMENT_BYTES: usize = 12;
 
 /// What a wait for replies takes at least.
 const LISTEN_MIN: Duration = Duration::from_millis(1);
+/// Waking so much too late is no matter of a busy core.
+const MISSED_MIN: Duration = Duration::from_millis(250);
 
 fn is_large(frame: &Frame) -> bool {
     frame.rows.n_bytes() + frame.assignments.len() * ASSIGNMENT_BYTES > SOCKET_BYTES
@@ -155,7 +157,7 @@ impl Remote {
                 LinkEvent::Reply { instance, reply, at } => {
                     self.decide_on(at, |around| note_late(&instance, &reply, around));
                 }
-                LinkEvent::Broken { instance, .. } => self.health.leave(&instance),
+                LinkEvent::Broken { instance, .. } => self.forget(&instance),
                 LinkEvent::Table => {}
             }
         }
@@ -194,7 +196,8 @@ impl Remote {
                 return flight.land();
             }
             let wake_at = [flight.next_tick(), self.health.next_tick()].into_iter().flatten().min();
-            let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(now()));
+            let began = now();
+            let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(began));
             // Sockets are read before anybody is late, who may have answered while this thread computed.
             let wait = wait.max(LISTEN_MIN);
             match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
@@ -204,6 +207,11 @@ impl Remote {
                 Ok(None) => return flight.land(),
             }
             self.hear_all(&mut flight);
+            let missed = wake_at
+                .map_or(Duration::ZERO, |at| now().saturating_duration_since(at.max(began + LISTEN_MIN)));
+            if missed > MISSED_MIN {
+                self.catch_up(&mut flight, missed);
+            }
             if wake_at.is_some_and(|at| at <= now()) {
                 self.give_up_mute();
                 let orders = self.decide(|around| tick(&mut flight, around));
@@ -245,7 +253,7 @@ impl Remote {
             LinkEvent::Reply { instance, reply, at } => self.accept(flight, &instance, reply, at),
             LinkEvent::Broken { instance, error } => {
                 let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
-                self.health.leave(&instance);
+                self.forget(&instance);
                 orders
             }
             LinkEvent::Table => Vec::new(),
@@ -253,14 +261,28 @@ impl Remote {
         self.send(flight, orders);
     }
 
+    /// `instance` starts anew, if only because its link is there again already.
+    fn forget(&mut self, instance: &InstanceId) {
+        self.health.leave(instance);
+        self.followed = Version(0);
+    }
+
     /// Has the links made again on which nothing comes back. What was sent on them is lost when they say that they broke.
-    fn give_up_mute(&mut self) {
+    pub(crate) fn give_up_mute(&mut self) {
         let view = self.view();
         for instance in self.health.mute(now()) {
             if let Some(way) = view.links.get(&instance) {
                 way.given_up.notify_one();
             }
         }
+    }
+
+    /// This process, or its machine, was stopped: what came meanwhile has not been read, and what did not come is nobody's
+    /// fault.
+    fn catch_up(&mut self, flight: &mut Flight, missed: Duration) {
+        self.event_loop.run(tokio::time::sleep(LISTEN_MIN));
+        self.health.was_deaf(missed);
+        self.hear_all(flight);
     }
 
     fn look_again(&mut self, flight: &mut Flight) {

@@ -23,7 +23,11 @@ pub struct Limits {
     /// A server that owes a frame and has answered nothing for this long, and for [`SILENT_FACTOR`] times what such a
     /// frame takes, is ejected.
     pub silent_max: Duration,
-    /// A server that owes a frame for so long without a word is given up, whatever the frame: its own timeout.
+    /// What owes a frame and says nothing for so long has a way to it that is made again: as long as a connection may take
+    /// whose pings nobody answers. A stream can be lost inside one whose pings are answered. Twice as long each time that it
+    /// was for nothing.
+    pub mute_min: Duration,
+    /// Longer nobody is waited for, whatever the frame: its own timeout.
     pub answer_max: Duration,
     /// So many failures in a row eject a server.
     pub failures_max: u32,
@@ -39,6 +43,7 @@ impl Default for Limits {
         Self {
             hedge_after_min: Duration::from_millis(2),
             silent_max: Duration::from_millis(250),
+            mute_min: Duration::from_secs(3),
             answer_max: Duration::from_secs(30),
             failures_max: 5,
             eject: Duration::from_secs(1),
@@ -50,9 +55,8 @@ impl Default for Limits {
 
 /// A frame that takes this many times the usual is no slow frame but a silent server.
 const SILENT_FACTOR: u32 = 8;
-/// What is silent for so long and owes something has a way to it that is made again: as long as a connection may take
-/// whose pings nobody answers. A stream can be lost inside one whose pings are answered.
-const MUTE_MIN: Duration = Duration::from_secs(3);
+/// How long it is known that making the way to a server again was for nothing.
+const GIVEN_UP_KEPT: Duration = Duration::from_secs(600);
 
 /// How a frame failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +76,8 @@ pub struct Health {
     servers: HashMap<InstanceId, Server>,
     latencies: Latencies,
     n_ejections: u64,
+    /// Whose ways were made again without an answer since: how often, and when last.
+    given_up: HashMap<InstanceId, (u32, Instant)>,
     pub hedges: Budget,
     pub failovers: Budget,
 }
@@ -130,13 +136,20 @@ impl Health {
             servers: HashMap::new(),
             latencies: Latencies::default(),
             n_ejections: 0,
+            given_up: HashMap::new(),
             hedges: Budget::hedges(),
             failovers: Budget::failovers(),
         }
     }
 
-    /// `instance` serves from now on, with a clean record.
+    /// `instance` serves from now on, with a clean record; but if making its way again was for nothing before, it is a hanging
+    /// server, and a probe decides.
     pub fn join(&mut self, instance: &InstanceId, now: Instant) {
+        let n_in_vain = self.times_given_up(instance).saturating_sub(1);
+        let state = match n_in_vain {
+            0 => State::In,
+            n => State::Ejected { until: now + self.ejection(n) },
+        };
         let server = Server {
             owed: HashMap::new(),
             answered_at: now,
@@ -144,8 +157,8 @@ impl Health {
             slowness: 1.0,
             latency: Duration::ZERO,
             failures_in_a_row: 0,
-            state: State::In,
-            ejections_in_a_row: 0,
+            state,
+            ejections_in_a_row: n_in_vain,
             n_ejections: 0,
         };
         self.servers.insert(instance.clone(), server);
@@ -180,7 +193,16 @@ impl Health {
     /// `instance` said something, whatever it was.
     pub fn heard(&mut self, instance: &InstanceId, now: Instant) {
         if let Some(server) = self.servers.get_mut(instance) {
-            server.unheard_since = now;
+            server.unheard_since = server.unheard_since.max(now);
+        }
+    }
+
+    /// Nobody could listen for `span`: it speaks against no one.
+    pub fn was_deaf(&mut self, span: Duration) {
+        for server in self.servers.values_mut() {
+            let Some(oldest) = server.owed.values().map(|owed| owed.sent_at).min() else { continue };
+            server.unheard_since += span;
+            server.answered_at = server.answered_at.max(oldest) + span;
         }
     }
 
@@ -188,6 +210,7 @@ impl Health {
     pub fn answered(&mut self, instance: &InstanceId, frame: FrameId, now: Instant) {
         let Some(server) = self.servers.get_mut(instance) else { return };
         let Some(owed) = server.owed.remove(&frame) else { return };
+        self.given_up.remove(instance);
         server.answered_at = now;
         server.failures_in_a_row = 0;
         let took = now.saturating_duration_since(owed.sent_at);
@@ -253,15 +276,22 @@ impl Health {
     /// Servers that owe a frame and have said nothing for longer than any of them takes, ejected or not: what is sent to
     /// them the same way may be lost as well. Named once; again after as long a time.
     pub fn mute(&mut self, now: Instant) -> Vec<InstanceId> {
-        let is_mute = |server: &Server| self.mute_at(server).is_some_and(|at| at <= now);
+        let is_mute = |instance: &InstanceId, server: &Server| {
+            self.mute_at(instance, server).is_some_and(|at| at <= now)
+        };
         let mut mute: Vec<InstanceId> = self
             .servers
             .iter()
-            .filter(|(_, server)| is_mute(server))
+            .filter(|(instance, server)| is_mute(instance, server))
             .map(|(instance, _)| instance.clone())
             .collect();
         mute.sort_unstable();
-        mute.iter().for_each(|instance| self.heard(instance, now));
+        self.given_up.retain(|_, (_, at)| now.saturating_duration_since(*at) < GIVEN_UP_KEPT);
+        for instance in &mute {
+            self.heard(instance, now);
+            let n = self.times_given_up(instance) + 1;
+            self.given_up.insert(instance.clone(), (n, now));
+        }
         mute
     }
 
@@ -272,16 +302,28 @@ impl Health {
             State::In | State::Probing { .. } => self.silent_at(server),
             State::Ejected { .. } => None,
         };
-        let of = |server| [silent_at(server), self.mute_at(server)].into_iter().flatten().min();
-        self.servers.values().filter_map(of).min()
+        let of = |(instance, server)| {
+            [silent_at(server), self.mute_at(instance, server)].into_iter().flatten().min()
+        };
+        self.servers.iter().filter_map(of).min()
     }
 
-    fn mute_at(&self, server: &Server) -> Option<Instant> {
-        let answer_max = self.limits.answer_max;
+    fn mute_at(&self, instance: &InstanceId, server: &Server) -> Option<Instant> {
+        let Limits { mute_min, answer_max, .. } = self.limits;
+        let mute_min = mute_min * (1 << self.times_given_up(instance).min(16));
         let after = |owed: &Owed| {
-            self.silent_after(owed.n_pairs).map_or(answer_max, |after| after.max(MUTE_MIN).min(answer_max))
+            self.silent_after(owed.n_pairs).map_or(answer_max, |after| after.max(mute_min).min(answer_max))
         };
         Some(server.unheard_since + server.owed.values().map(after).max()?)
+    }
+
+    fn times_given_up(&self, instance: &InstanceId) -> u32 {
+        self.given_up.get(instance).map_or(0, |(n, _)| *n)
+    }
+
+    /// How long the one after so many ejections lasts.
+    fn ejection(&self, n_before: u32) -> Duration {
+        (self.limits.eject * (1 << n_before.min(16))).min(self.limits.eject_max)
     }
 
     fn silent_at(&self, server: &Server) -> Option<Instant> {
@@ -303,8 +345,8 @@ impl Health {
             server.answered_at = now;
             return false;
         }
-        let factor = 1_u32 << server.ejections_in_a_row.min(16);
-        let span = (self.limits.eject * factor).min(self.limits.eject_max);
+        let limits = &self.limits;
+        let span = (limits.eject * (1 << server.ejections_in_a_row.min(16))).min(limits.eject_max);
         server.state = State::Ejected { until: now + span };
         server.ejections_in_a_row += 1;
         server.failures_in_a_row = 0;

@@ -53,7 +53,11 @@ impl Router {
         Self {
             members: Members::default(),
             table: RoutingTable::default(),
-            health: Health::new(Limits { answer_max: DISPATCH_TIMEOUT, ..Limits::default() }),
+            health: Health::new(Limits {
+                mute_min: Duration::from_millis(500),
+                answer_max: DISPATCH_TIMEOUT,
+                ..Limits::default()
+            }),
             ids: FrameIds::default(),
             counts: Counts::default(),
             server_of: HashMap::new(),

@@ -85,13 +85,13 @@ async fn a_lost_stream_in_a_connection_that_lives_costs_seconds_and_no_request()
     for _ in 0..ARRIVE {
         let http = cluster.http();
         within(Duration::from_secs(15), "answer, once the stream is made again", assert_answers(&http)).await;
-        if n_streams.load(Ordering::Relaxed) == 2 {
+        if cluster.router_status().await.failures.contains_key("mute") {
             break;
         }
     }
     let status = cluster.router_status().await;
-    assert_eq!(n_streams.load(Ordering::Relaxed), 2, "{status:?}");
-    assert!(status.failures.get("mute").is_some_and(|&n| n > 0), "{status:?}");
+    assert!(status.failures.contains_key("mute"), "{status:?}");
+    assert!(n_streams.load(Ordering::Relaxed) >= 2, "{status:?}");
     cluster.idle().await;
     assert!(cluster.router.process.exit_status().is_none());
 }

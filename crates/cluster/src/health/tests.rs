@@ -119,6 +119,44 @@ fn a_server_that_says_nothing_for_three_seconds_is_mute_once() {
 }
 
 #[test]
+fn a_server_that_hangs_is_given_more_time_and_comes_back_by_a_probe() {
+    let mut bench = Bench::new(&["a", "b"]);
+    bench.work("a", 40);
+    for seconds in [3, 6, 12, 24, 30, 30] {
+        bench.send("a");
+        bench.wait(seconds * 1000 - 1);
+        assert!(bench.health.mute(bench.now).is_empty(), "{seconds}");
+        bench.wait(1);
+        assert_eq!(bench.health.mute(bench.now), [id("a")], "{seconds}");
+        bench.health.leave(&id("a"));
+        bench.health.join(&id("a"), bench.now);
+        assert_eq!(bench.health.is_in(&id("a")), seconds == 3, "once it may have been the way");
+    }
+    bench.wait(30_000);
+    assert_eq!(bench.health.probes_due(bench.now), [id("a")]);
+    let probe = bench.send("a");
+    bench.health.probe(&id("a"), probe);
+    bench.health.answered(&id("a"), probe, bench.now);
+    bench.send("a");
+    bench.wait(3000);
+    assert!(bench.health.is_in(&id("a")) && bench.health.mute(bench.now) == [id("a")], "from the start");
+}
+
+#[test]
+fn what_was_heard_before_or_not_listened_to_makes_nobody_mute() {
+    let mut bench = Bench::new(&["a"]);
+    bench.work("a", 40);
+    let early = bench.now;
+    bench.wait(3000);
+    bench.send("a");
+    bench.health.heard(&id("a"), early);
+    assert!(bench.health.mute(bench.now).is_empty());
+    bench.wait(5000);
+    bench.health.was_deaf(Duration::from_secs(5));
+    assert!(bench.health.mute(bench.now).is_empty() && bench.health.tick(bench.now).is_empty());
+}
+
+#[test]
 fn without_experience_the_frames_own_timeout_makes_a_server_mute() {
     let mut bench = Bench::new(&["a"]);
     bench.send("a");

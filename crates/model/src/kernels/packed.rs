@@ -73,7 +73,7 @@ type Line = [u8; 64];
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "AVX-512 alone fetches ahead"))]
 struct Near<'a> {
-    /// Nobody has asked for the panel before.
+    /// Nobody has asked for the panel in this pass.
     is_cold: bool,
     /// What is read after it.
     next: &'a [Line],
@@ -300,7 +300,7 @@ pub(crate) fn rows_with_panels(
                 let panel = |at| Panel::of(bits, packed, width, at);
                 let near = if n_rows > GROUP {
                     let next = if at + 1 < panels.end { panel(at + 1).lines } else { &[] };
-                    Near { is_cold: first == 0 && at == panels.start, next }
+                    Near { is_cold: at == panels.start, next }
                 } else {
                     Near::FEW_ROWS
                 };

@@ -90,7 +90,7 @@ impl Gated<'_> {
                     let panel = |packed, at| Panel::of(self.bits, packed, self.width, at);
                     let (mut of_gate, mut of_up) = (Near::FEW_ROWS, Near::FEW_ROWS);
                     if n_rows > GROUP {
-                        let is_cold = first == 0 && at == to.range.start * PANELS;
+                        let is_cold = at == to.range.start * PANELS;
                         let has_next = at + 1 < n_panels.min(to.range.end * PANELS);
                         let next = if has_next { panel(self.gate, at + 1).lines } else { &[] };
                         of_gate = Near { is_cold, next: panel(self.up, at).lines };
