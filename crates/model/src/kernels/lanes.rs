@@ -18,10 +18,12 @@ pub(crate) trait Lanes: Copy {
     fn load(x: &[f32; LANES]) -> Self;
     fn load_halves(x: &[bf16; LANES]) -> Self;
     fn store(self, to: &mut [f32; LANES]);
-    /// Asks for what is read soon and for what is read later, where there is an instruction for it: into the first and the
-    /// second cache.
+    /// Asks for a line that is read soon, into the first cache, where there is an instruction for it.
     #[inline(always)]
-    fn ask_for<T>(_soon: *const T, _later: *const T) {}
+    fn ask_soon<T>(_line: *const T) {}
+    /// The same of what is read later, into the second one.
+    #[inline(always)]
+    fn ask_later<T>(_line: *const T) {}
     /// `self * by + sum`, rounded once.
     fn mul_add(self, by: Self, sum: Self) -> Self;
     /// The one reduction tree: halves are added until one number is left.
@@ -132,11 +134,13 @@ fn reduce_eight(x: __m256) -> f32 {
 )]
 impl Lanes for Avx2 {
     #[inline(always)]
-    fn ask_for<T>(soon: *const T, later: *const T) {
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
-            _mm_prefetch::<_MM_HINT_T1>(later.cast());
-        }
+    fn ask_soon<T>(line: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+
+    #[inline(always)]
+    fn ask_later<T>(line: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
 
     #[inline(always)]
@@ -196,11 +200,13 @@ pub(super) struct Avx512(__m512);
 )]
 impl Lanes for Avx512 {
     #[inline(always)]
-    fn ask_for<T>(soon: *const T, later: *const T) {
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
-            _mm_prefetch::<_MM_HINT_T1>(later.cast());
-        }
+    fn ask_soon<T>(line: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+
+    #[inline(always)]
+    fn ask_later<T>(line: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
 
     #[inline(always)]

@@ -1,20 +1,33 @@
 //! Rows times a stored matrix, f32 or bf16: every product is summed in sixteen lanes, whichever rows and outputs share a
 //! register block with it.
 
+use std::slice;
+
 use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::{
     Isa,
-    lanes::{LANES, Lanes, Portable},
+    lanes::{LANES, Lanes, Lines, Portable},
 };
 
-/// How far ahead of what is read the first cache has it.
+/// How far ahead of what a row alone reads the first cache has it.
 const NEAR_BYTES: usize = 512;
 
-/// So much of a matrix meets all rows before the next part does: it stays in a core's second cache.
+/// Of a line of the caches.
+const LINE_BYTES: usize = 64;
+
+/// So much of a matrix meets some rows before the next part does: it stays in a core's second cache. The next one is fetched
+/// there meanwhile.
 const BLOCK_BYTES: usize = 128 << 10;
+
+/// So many of those rows stay there as well.
+const ROWS_BYTES: usize = 512 << 10;
+
+/// Numbers of a few rows that meet all outputs of a block before the next ones do: they stay in the first cache.
+const PART: usize = 1024;
+const _: () = assert!(PART.is_multiple_of(LANES));
 
 /// A stored number, read as f32 exactly.
 pub(crate) trait Weight: Copy + Send + Sync + 'static {
@@ -53,16 +66,13 @@ pub(crate) fn matmul<W: Weight>(isa: Isa, x: &[f32], w: &[W], width: usize, y: &
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     fn avx2<W: Weight>(x: &[f32], w: &[W], width: usize, y: &mut [f32]) {
-        matmul_with::<Avx2, W, 3, 2>(x, w, width, y);
+        matmul_with::<Avx2, W, 2, 6, 1>(x, w, width, y);
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
     fn avx512<W: Weight>(x: &[f32], w: &[W], width: usize, y: &mut [f32]) {
-        if x.len() == width {
-            // One row waits for memory alone, and for eight streams of it least.
-            return stripe::<Avx512, W, 1, 8>(x, w, width, 0, y);
-        }
-        matmul_with::<Avx512, W, 4, 4>(x, w, width, y);
+        // One row waits for memory alone, and for eight streams of it least.
+        matmul_with::<Avx512, W, 8, 6, 4>(x, w, width, y);
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -71,65 +81,170 @@ pub(crate) fn matmul<W: Weight>(isa: Isa, x: &[f32], w: &[W], width: usize, y: &
         #[cfg(target_arch = "x86_64")]
         #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
         Isa::Avx512 | Isa::Amx => unsafe { avx512(x, w, width, y) },
-        _ => matmul_with::<Portable, W, 3, 2>(x, w, width, y),
+        _ => matmul_with::<Portable, W, 2, 3, 2>(x, w, width, y),
     }
 }
 
-/// The same with register blocks of up to `ROWS` rows and `OUTPUTS` outputs.
+/// The same with register blocks of one row and `ALONE` outputs, or of up to `ROWS` rows and `OUTPUTS` outputs.
 #[inline(always)]
-fn matmul_with<V: Lanes, W: Weight, const ROWS: usize, const OUTPUTS: usize>(
+fn matmul_with<V: Lanes, W: Weight, const ALONE: usize, const ROWS: usize, const OUTPUTS: usize>(
     x: &[f32],
     w: &[W],
     width: usize,
     y: &mut [f32],
 ) {
-    const { assert!(ROWS <= 8) }
+    const { assert!(ROWS <= 6) }
+    if x.len() == width {
+        return row::<V, W, ALONE>(x, w, y);
+    }
     let n_outputs = w.len() / width;
     if n_outputs == 0 {
         return;
     }
     let n_block = (BLOCK_BYTES / (width * size_of::<W>())).next_multiple_of(OUTPUTS).max(OUTPUTS);
-    for (block, w) in w.chunks(n_block * width).enumerate() {
-        for (x, y) in x.chunks(ROWS * width).zip(y.chunks_mut(ROWS * n_outputs)) {
-            macro_rules! stripe_of {
-                ($($n:literal)*) => {
-                    match y.len() / n_outputs {
-                        $($n if $n <= ROWS => stripe::<V, W, $n, OUTPUTS>(x, w, width, block * n_block, y),)*
-                        n => unreachable!("{n} rows in a block"),
-                    }
-                };
+    let n_rows = (ROWS_BYTES / (width * size_of::<f32>())).next_multiple_of(ROWS).max(ROWS);
+    let mut sums = vec![V::splat(0.0); if width > PART { n_block * ROWS } else { 0 }];
+    let mut packed = Lines::zeros(n_rows.min(x.len() / width) * (width - width % LANES));
+    for (x, y) in x.chunks(n_rows * width).zip(y.chunks_mut(n_rows * n_outputs)) {
+        let n_groups = (x.len() / width).div_ceil(ROWS);
+        // Of about one size: a row alone takes half as long as six.
+        let n_together = (x.len() / width).div_ceil(n_groups);
+        pack(x, n_together, width, &mut packed);
+        for (block, of_block) in w.chunks(n_block * width).enumerate() {
+            let next = &w[block * n_block * width..][of_block.len()..];
+            let mut next = lines(&next[..next.len().min(of_block.len())], n_groups);
+            let groups = x.chunks(n_together * width).zip(y.chunks_mut(n_together * n_outputs));
+            let mut packed = &packed[..];
+            for (x, y) in groups {
+                let of_group;
+                (of_group, packed) = packed.split_at(x.len() / width * (width - width % LANES));
+                let (first, next) = (block * n_block, next.next().unwrap_or(&[]));
+                macro_rules! group_of {
+                    ($($n:literal)*) => {
+                        match y.len() / n_outputs {
+                            $($n if $n <= ROWS => group::<V, W, $n, OUTPUTS>(
+                                (x, of_group), (of_block, next), width, first, y, &mut sums,
+                            ),)*
+                            n => unreachable!("{n} rows in a group"),
+                        }
+                    };
+                }
+                group_of!(1 2 3 4 5 6);
             }
-            stripe_of!(1 2 3 4 5 6 7 8);
         }
     }
 }
 
-/// A few rows times some outputs, of which the first is the `first` of `y`.
+/// One row times all outputs.
 #[inline(always)]
-fn stripe<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
-    x: &[f32],
-    w: &[W],
+fn row<V: Lanes, W: Weight, const OUTPUTS: usize>(x: &[f32], w: &[W], y: &mut [f32]) {
+    let width = x.len();
+    let output = |at: usize| &w[at * width..][..width];
+    let (tiles, rest) = y.as_chunks_mut::<OUTPUTS>();
+    let n_tiled = tiles.len() * OUTPUTS;
+    for (tile, y) in tiles.iter_mut().enumerate() {
+        [*y] = dots::<V, W, 1, OUTPUTS, true>([x], std::array::from_fn(|at| output(tile * OUTPUTS + at)));
+    }
+    for (at, y) in rest.iter_mut().enumerate() {
+        [[*y]] = dots::<V, W, 1, 1, false>([x], [output(n_tiled + at)]);
+    }
+}
+
+/// The numbers of each `n_together` rows in the order in which [`group`] reads them: sixteen of each row by turns. What is left
+/// of a row is not among them.
+#[inline(always)]
+fn pack(x: &[f32], n_together: usize, width: usize, packed: &mut [f32]) {
+    let (mut vectors, _) = packed.as_chunks_mut::<LANES>();
+    for x in x.chunks(n_together * width) {
+        let n_rows = x.len() / width;
+        let (group, rest) = vectors.split_at_mut(n_rows * (width / LANES));
+        for (row, x) in x.chunks_exact(width).enumerate() {
+            for (vector, x) in group.iter_mut().skip(row).step_by(n_rows).zip(x.as_chunks().0) {
+                *vector = *x;
+            }
+        }
+        vectors = rest;
+    }
+}
+
+/// A few rows, also `packed`, times some outputs, of which the first is the `first` of each of `y`. `next` is fetched meanwhile;
+/// `sums` are there for what a part of all products comes to.
+#[inline(always)]
+fn group<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
+    (x, packed): (&[f32], &[f32]),
+    (w, next): (&[W], &[W]),
     width: usize,
     first: usize,
     y: &mut [f32],
+    sums: &mut [V],
 ) {
-    let x: [&[f32]; R] = std::array::from_fn(|row| &x[row * width..][..width]);
     let n_outputs = y.len() / R;
-    let output = |output: usize| &w[output * width..][..width];
     let n = w.len() / width;
-    let mut at = 0;
-    while at + OUTPUTS <= n {
-        let products = dots::<V, W, R, OUTPUTS, true>(x, std::array::from_fn(|next| output(at + next)));
-        for (r, products) in products.into_iter().enumerate() {
-            y[r * n_outputs + first + at..][..OUTPUTS].copy_from_slice(&products);
+    let n_tiles = n.div_ceil(OUTPUTS);
+    let (packed, _) = packed.as_chunks::<LANES>().0.as_chunks::<R>();
+    let (sums, _) = sums.as_chunks_mut::<OUTPUTS>();
+    let n_whole = width / LANES;
+    let n_part = n_whole.div_ceil(width.div_ceil(PART)).max(1);
+    // One that is empty if rows have less than a vector.
+    let n_parts = n_whole.div_ceil(n_part).max(1);
+    let mut next = lines(next, n_tiles * n_parts);
+    for part in 0..n_parts {
+        let part = part * n_part..((part + 1) * n_part).min(n_whole);
+        let packed = &packed[part.clone()];
+        for tile in 0..n_tiles {
+            let at = tile * OUTPUTS;
+            // The last output once more where there are no more.
+            let outputs: [&[W]; OUTPUTS] =
+                std::array::from_fn(|c| &w[(at + c).min(n - 1) * width..][..width]);
+            let of_part = outputs.map(|w| &w.as_chunks().0[part.clone()]);
+            let mut so_far = [[V::splat(0.0); OUTPUTS]; R];
+            if part.start > 0 {
+                so_far.copy_from_slice(&sums[tile * R..][..R]);
+            }
+            add_products(packed, of_part, next.next().unwrap_or(&[]), &mut so_far);
+            if part.end < n_whole {
+                sums[tile * R..][..R].copy_from_slice(&so_far);
+                continue;
+            }
+            let rows = std::array::from_fn(|r| &x[r * width..][..width]);
+            let n = OUTPUTS.min(n - at);
+            for (r, products) in finish(rows, outputs, so_far).iter().enumerate() {
+                y[r * n_outputs + first + at..][..n].copy_from_slice(&products[..n]);
+            }
         }
-        at += OUTPUTS;
     }
-    for at in at..n {
-        for (r, [product]) in dots::<V, W, R, 1, false>(x, [output(at)]).into_iter().enumerate() {
-            y[r * n_outputs + first + at] = product;
+}
+
+/// `w` in as many pieces, of whole lines of the caches.
+fn lines<W>(w: &[W], n: usize) -> slice::Chunks<'_, W> {
+    w.chunks(w.len().div_ceil(n).next_multiple_of(LINE_BYTES / size_of::<W>()).max(1))
+}
+
+/// Adds the products of whole vectors. `next` is fetched into the second cache meanwhile, a little with each.
+#[inline(always)]
+fn add_products<V: Lanes, W: Weight, const R: usize, const C: usize>(
+    x: &[[[f32; LANES]; R]],
+    w: [&[[W; LANES]]; C],
+    next: &[W],
+    sums: &mut [[V; C]; R],
+) {
+    // Of its own, so that they stay in registers.
+    let mut so_far = *sums;
+    let n_lines = next.len().div_ceil(LINE_BYTES / size_of::<W>());
+    let n_at_once = n_lines.div_ceil(x.len().max(1));
+    let mut next = next.chunks(LINE_BYTES / size_of::<W>());
+    for (at, x) in x.iter().enumerate() {
+        for line in next.by_ref().take(n_at_once) {
+            V::ask_later(line.as_ptr());
+        }
+        for c in 0..C {
+            let w = W::lanes::<V>(&w[c][at]);
+            for r in 0..R {
+                so_far[r][c] = V::load(&x[r]).mul_add(w, so_far[r][c]);
+            }
         }
     }
+    *sums = so_far;
 }
 
 /// Scalar products of each of `x` with each of `w`, all of one length. With `AHEAD`, others follow `w` in memory, and a single
@@ -140,16 +255,16 @@ pub(super) fn dots<V: Lanes, W: Weight, const R: usize, const C: usize, const AH
     w: [&[W]; C],
 ) -> [[f32; C]; R] {
     let mut sums = [[V::splat(0.0); C]; R];
-    let x = x.map(|x| x.as_chunks::<LANES>());
-    let w = w.map(|w| w.as_chunks::<LANES>());
     // Of one length, which the compiler sees: nothing is checked inside the loop.
-    let n = x[0].0.len();
-    let (whole_x, whole_w) = (x.map(|x| &x.0[..n]), w.map(|w| &w.0[..n]));
+    let n = x[0].len() / LANES;
+    let whole_x = x.map(|x| &x.as_chunks::<LANES>().0[..n]);
+    let whole_w = w.map(|w| &w.as_chunks::<LANES>().0[..n]);
     for at in 0..n {
         for c in 0..C {
-            if AHEAD && R == 1 {
+            if AHEAD {
                 let here = whole_w[c][at].as_ptr();
-                V::ask_for(here.wrapping_add(NEAR_BYTES / size_of::<W>()), here.wrapping_add(C * n * LANES));
+                V::ask_soon(here.wrapping_add(NEAR_BYTES / size_of::<W>()));
+                V::ask_later(here.wrapping_add(C * n * LANES));
             }
             let w = W::lanes::<V>(&whole_w[c][at]);
             for r in 0..R {
@@ -157,13 +272,25 @@ pub(super) fn dots<V: Lanes, W: Weight, const R: usize, const C: usize, const AH
             }
         }
     }
+    finish(x, w, sums)
+}
+
+/// The scalar products: sums of whole vectors, and what is left of all.
+#[inline(always)]
+fn finish<V: Lanes, W: Weight, const R: usize, const C: usize>(
+    x: [&[f32]; R],
+    w: [&[W]; C],
+    mut sums: [[V; C]; R],
+) -> [[f32; C]; R] {
+    let x = x.map(|x| x.as_chunks::<LANES>().1);
+    let w = w.map(|w| w.as_chunks::<LANES>().1);
     let mut products = [[0.0; C]; R];
     for r in 0..R {
         for c in 0..C {
-            if !x[r].1.is_empty() {
+            if !x[r].is_empty() {
                 let mut lanes = [0.0; LANES];
                 sums[r][c].store(&mut lanes);
-                for (lane, (x, w)) in lanes.iter_mut().zip(x[r].1.iter().zip(w[c].1)) {
+                for (lane, (x, w)) in lanes.iter_mut().zip(x[r].iter().zip(w[c])) {
                     *lane = x.mul_add(w.to_f32(), *lane);
                 }
                 sums[r][c] = V::load(&lanes);

@@ -11,6 +11,8 @@
 //! is element `8 r + j`, its high half element `8 r + 4 + j`, both plus 8.
 
 #[cfg(target_arch = "x86_64")]
+mod ahead;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -26,10 +28,9 @@ use std::ops::Range;
 
 use half::bf16;
 
-use self::rows::{
-    Biases, GROUP, Group, Part, Quantize, Row, TILE_ROWS, WIDE_ROWS, WideBlock, biases_of, quantize, select,
-    widen,
-};
+use self::rows::{Biases, GROUP, Group, Quantize, Row, WIDE_ROWS, WideBlock, biases_of, widen};
+#[cfg(target_arch = "x86_64")]
+use self::rows::{Part, TILE_ROWS, quantize, select};
 pub(crate) use self::{
     gated::{Blocks, Gated},
     rows::Rows,
@@ -198,9 +199,14 @@ impl<'a> Panel<'a> {
         self.lines.len() / self.pair_lines() * 2
     }
 
+    /// The scales of a block and its partner.
+    const fn scales_line(&self, block: usize) -> &'a Line {
+        &self.lines[block / 2 * self.pair_lines()]
+    }
+
     /// One block's scales as bf16.
     fn scales(&self, block: usize) -> &'a [u8; SCALES_BYTES] {
-        &self.lines[block / 2 * self.pair_lines()].as_chunks().0[block % 2]
+        &self.scales_line(block).as_chunks().0[block % 2]
     }
 
     fn scale(&self, block: usize, output: usize) -> f32 {

@@ -11,7 +11,7 @@ use std::{
     ops::Range,
 };
 
-use super::{BLOCK, BLOCKS, Bits, Group, Line, OUTPUTS, Panel, Rows, TILE_ROWS, avx512};
+use super::{BLOCK, BLOCKS, Bits, Group, Line, OUTPUTS, Panel, Rows, TILE_ROWS, ahead, avx512};
 
 /// Lines of a block of sixteen outputs in signed bytes.
 const LINES: usize = BLOCK / 4;
@@ -196,7 +196,7 @@ impl Work {
         for ((block, numbers), w_scales) in blocks.zip(&mut self.numbers).zip(&mut self.scales) {
             let lines = panel.block(block);
             for line in lines {
-                avx512::prefetch::<_MM_HINT_T0>(line, ahead_bytes);
+                ahead::ask_for::<_MM_HINT_T0>(line, ahead_bytes);
             }
             match bits {
                 Bits::Eight => {

@@ -8,7 +8,8 @@
 use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 use super::{
-    BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES, WIDE_ROWS, gated,
+    BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES, WIDE_ROWS,
+    ahead::Ahead, gated,
 };
 
 #[target_feature(enable = "avx2,fma")]
@@ -78,12 +79,12 @@ fn load(bytes: &[u8; 32]) -> __m256i {
     }
 }
 
-/// Asks for what is read next but a few blocks: the hardware's own prefetch ends at each page of 4 KiB.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn prefetch(run: &[u8; 64]) {
-    const AHEAD_BYTES: usize = 4096;
-    _mm_prefetch::<_MM_HINT_T0>(run.as_ptr().wrapping_add(AHEAD_BYTES).cast());
+/// Of both blocks of a pair, once.
+#[inline(always)]
+fn ask_for_scales(ahead: Ahead, panel: Panel<'_>, block: usize) {
+    if block.is_multiple_of(2) {
+        ahead.ask_for(panel.scales_line(block));
+    }
 }
 
 /// Groups of four neighbouring elements in a block.
@@ -135,12 +136,14 @@ pub(super) fn add_products_8<const R: usize>(
     blocks: Range<usize>,
     y: &mut [[f32; OUTPUTS]; R],
 ) {
+    let ahead = Ahead::avx2();
     let ones = _mm256_set1_epi16(1);
     let flip = _mm256_set1_epi8(-128);
     for block in blocks {
+        ask_for_scales(ahead, panel, block);
         let mut dots: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
         for (step, run) in panel.block(block).iter().enumerate() {
-            prefetch(run);
+            ahead.ask_for(run);
             let (halves, _) = run.as_chunks::<32>();
             let w = [_mm256_xor_si256(load(&halves[0]), flip), _mm256_xor_si256(load(&halves[1]), flip)];
             for r in 0..R {
@@ -167,12 +170,14 @@ pub(super) fn add_products_4<const R: usize>(
     blocks: Range<usize>,
     y: &mut [[f32; OUTPUTS]; R],
 ) {
+    let ahead = Ahead::avx2();
     let ones = _mm256_set1_epi16(1);
     let low_halves = _mm256_set1_epi8(0x0f);
     for block in blocks {
+        ask_for_scales(ahead, panel, block);
         let mut pairs: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
         for (at, run) in panel.block(block).iter().enumerate() {
-            prefetch(run);
+            ahead.ask_for(run);
             let (halves, _) = run.as_chunks::<32>();
             let w = [load(&halves[0]), load(&halves[1])];
             let w = [
@@ -224,6 +229,7 @@ pub(super) fn add_products_wide(
     for first in (0..x.blocks).step_by(BLOCKS) {
         let blocks = first..(first + BLOCKS).min(x.blocks);
         for (block, wide) in blocks.clone().zip(&mut wide) {
+            ask_for_scales(Ahead::avx2(), panel, block);
             match bits {
                 Bits::Eight => widen_8(panel.block(block), wide),
                 Bits::Four => widen_4(panel.block(block), wide),
@@ -257,10 +263,11 @@ fn widen(bytes: __m256i) -> Two {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
+    let ahead = Ahead::avx2();
     let flip = _mm256_set1_epi8(-128);
     assert_eq!(block.len() * 2, wide.len(), "a block of int8");
     for (run, wide) in block.iter().zip(wide.as_chunks_mut::<2>().0) {
-        prefetch(run);
+        ahead.ask_for(run);
         let (halves, _) = run.as_chunks::<32>();
         let low = widen(_mm256_xor_si256(load(&halves[0]), flip));
         let high = widen(_mm256_xor_si256(load(&halves[1]), flip));
@@ -272,11 +279,12 @@ fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn widen_4(block: &[[u8; 64]], wide: &mut Wide) {
+    let ahead = Ahead::avx2();
     let low_halves = _mm256_set1_epi8(0x0f);
     let eight = _mm256_set1_epi8(8);
     assert_eq!(block.len() * 4, wide.len(), "a block of int4");
     for (run, wide) in block.iter().zip(wide.as_chunks_mut::<4>().0) {
-        prefetch(run);
+        ahead.ask_for(run);
         let (halves, _) = run.as_chunks::<32>();
         let mut pairs: [Two; 4] = [[_mm256_setzero_si256(); 2]; 4];
         for half in 0..2 {

@@ -7,17 +7,12 @@
 use std::arch::x86_64::*;
 
 use super::{
-    BLOCK, Bits, GROUP, Group, Line, Near, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, gated,
+    BLOCK, Bits, GROUP, Group, Line, Near, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES,
+    ahead::{self, Ahead},
+    gated,
 };
 
-/// How far ahead a panel's lines are asked for, into the second cache and from there into the first: with one of both,
-/// or with the lines of a pair of blocks asked for at once, a core reads a tenth less. On a Zen 4 sixteen rows of int8 take a
-/// fifth longer with half of it, and a core reads a quarter less int4, whose lines take twice as long, with twice of it.
-const fn ahead_bytes(four: bool) -> usize {
-    if four { 2048 } else { 4096 }
-}
-const NEAR_BYTES: usize = 512;
-/// The same of a panel that is in the second cache.
+/// How far ahead lines of a panel that is in the second cache are asked for.
 const NEARER_BYTES: usize = 1024;
 /// Groups of four neighbouring elements in a block.
 const STEPS: usize = BLOCK / 4;
@@ -77,21 +72,12 @@ pub(super) fn load(bytes: &Line) -> __m512i {
     }
 }
 
-/// Asks for what is read next but a few blocks: the hardware's own prefetch ends at each page of 4 KiB.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn prefetch<const HINT: i32>(line: &Line, ahead_bytes: usize) {
-    _mm_prefetch::<HINT>(line.as_ptr().wrapping_add(ahead_bytes).cast());
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch_after<const FOUR: bool, const COLD: bool>(line: &Line) {
+#[inline(always)]
+fn ask_for<const COLD: bool>(ahead: Ahead, line: &Line) {
     if COLD {
-        prefetch::<_MM_HINT_T0>(line, NEAR_BYTES);
-        prefetch::<_MM_HINT_T1>(line, const { ahead_bytes(FOUR) });
+        ahead.ask_for(line);
     } else {
-        prefetch::<_MM_HINT_T0>(line, NEARER_BYTES);
+        ahead::ask_for::<_MM_HINT_T0>(line, NEARER_BYTES);
     }
 }
 
@@ -162,6 +148,7 @@ fn products<const R: usize, const FOUR: bool, const COLD: bool>(
     y: &mut [[f32; OUTPUTS]],
 ) {
     let low_halves = _mm512_set1_epi8(0x0f);
+    let ahead = Ahead::avx512(if FOUR { Bits::Four } else { Bits::Eight });
     // Loops over `R`, not `map`: what is not inlined here is compiled without this function's instructions.
     let mut sums = [_mm512_setzero_ps(); R];
     let pair_lines = const { if FOUR { Bits::Four.pair_lines() } else { Bits::Eight.pair_lines() } };
@@ -170,11 +157,11 @@ fn products<const R: usize, const FOUR: bool, const COLD: bool>(
     let mut of_rows = x_numbers.iter().zip(x_scales).zip(x.biases.as_chunks::<R>().0);
     for lines in panel.lines.chunks_exact(pair_lines) {
         let Some((w_scales, lines)) = lines.split_first() else { return };
-        prefetch_after::<FOUR, COLD>(w_scales);
+        ask_for::<COLD>(ahead, w_scales);
         let blocks = lines.chunks_exact(pair_lines / 2).zip(w_scales.as_chunks::<SCALES_BYTES>().0);
         for ((lines, w_scales), ((x, x_scales), biases)) in blocks.zip(&mut of_rows) {
             for line in next.next().unwrap_or(&[]) {
-                prefetch::<_MM_HINT_T1>(line, 0);
+                ahead::ask_for::<_MM_HINT_T1>(line, 0);
             }
             let mut dots = [_mm512_setzero_si512(); R];
             for r in 0..R {
@@ -182,7 +169,7 @@ fn products<const R: usize, const FOUR: bool, const COLD: bool>(
             }
             for (at, line) in lines.iter().enumerate() {
                 let w = load(line);
-                prefetch_after::<FOUR, COLD>(line);
+                ask_for::<COLD>(ahead, line);
                 if FOUR {
                     let low = _mm512_and_si512(w, low_halves);
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low_halves);
