@@ -355,7 +355,7 @@ impl Cut {
 }
 
 /// Rows times matrices transposed, `[rows, outputs]` each: all of them one job of the threads, which share the outputs, so
-/// that each weight is read once.
+/// that each weight is read once by few rows.
 pub(crate) fn products(list: &[Product<'_>]) -> Vec<Vec<f32>> {
     products_beside(list, || ()).1
 }

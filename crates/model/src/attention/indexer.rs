@@ -128,7 +128,8 @@ impl Indexer {
                     let mut products = vec![0.0; weights.len()];
                     for (score, position) in scores.iter_mut().zip(part * share..) {
                         let key = keys.get(pages, position);
-                        matmul(isa, q, key, head_dim, &mut products); // [heads]
+                        // [heads]: one row, the key, and the heads are its outputs.
+                        matmul(isa, key, q, head_dim, &mut products);
                         let heads = products.iter().zip(weights);
                         *score = heads.map(|(product, weight)| weight * (product * scale).max(0.0)).sum();
                     }

@@ -21,7 +21,7 @@ pub(crate) trait Lanes: Copy {
     /// Asks for a line that is read soon, into the first cache, where there is an instruction for it.
     #[inline(always)]
     fn ask_soon<T>(_line: *const T) {}
-    /// The same of what is read later, into the second one.
+    /// Asks for a line that is read later, into the second cache.
     #[inline(always)]
     fn ask_later<T>(_line: *const T) {}
     /// `self * by + sum`, rounded once.
@@ -130,7 +130,8 @@ fn reduce_eight(x: __m256) -> f32 {
 #[cfg(target_arch = "x86_64")]
 #[expect(
     unsafe_code,
-    reason = "sound: made only where AVX2 was detected; sixteen numbers are there, loads need no alignment"
+    reason = "sound: made only where AVX2 was detected; sixteen numbers are there, loads need no alignment, and asking for a \
+              line never faults"
 )]
 impl Lanes for Avx2 {
     #[inline(always)]
@@ -196,7 +197,8 @@ pub(super) struct Avx512(__m512);
 #[cfg(target_arch = "x86_64")]
 #[expect(
     unsafe_code,
-    reason = "sound: made only where AVX-512 was detected; sixteen numbers are there, loads need no alignment"
+    reason = "sound: made only where AVX-512 was detected; sixteen numbers are there, loads need no alignment, and asking for \
+              a line never faults"
 )]
 impl Lanes for Avx512 {
     #[inline(always)]

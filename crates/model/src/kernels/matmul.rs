@@ -9,7 +9,7 @@ use half::bf16;
 use super::lanes::{Avx2, Avx512};
 use super::{
     Isa,
-    lanes::{LANES, Lanes, Lines, Portable},
+    lanes::{LANES, Lanes, Portable},
 };
 
 /// How far ahead of what a row alone reads the first cache has it.
@@ -18,12 +18,15 @@ const NEAR_BYTES: usize = 512;
 /// Of a line of the caches.
 const LINE_BYTES: usize = 64;
 
-/// So much of a matrix meets some rows before the next part does: it stays in a core's second cache. The next one is fetched
-/// there meanwhile.
+/// So much of a matrix meets a pass of rows before the next block does: it stays in a core's second cache. The next one is
+/// fetched there meanwhile.
 const BLOCK_BYTES: usize = 128 << 10;
 
-/// So many of those rows stay there as well.
-const ROWS_BYTES: usize = 512 << 10;
+/// A pass of rows has so much, to stay there beside two blocks where that is large enough.
+const PASS_BYTES: usize = 512 << 10;
+
+/// But so many rows at least, if there are: every pass reads the matrix from memory.
+const PASS_ROWS: usize = 32;
 
 /// Numbers of a few rows that meet all outputs of a block before the next ones do: they stay in the first cache.
 const PART: usize = 1024;
@@ -94,31 +97,38 @@ fn matmul_with<V: Lanes, W: Weight, const ALONE: usize, const ROWS: usize, const
     y: &mut [f32],
 ) {
     const { assert!(ROWS <= 6) }
+    debug_assert!(w.len().is_multiple_of(width), "whole outputs");
+    debug_assert_eq!(y.len(), x.len() / width * (w.len() / width), "rows times outputs");
     if x.len() == width {
         return row::<V, W, ALONE>(x, w, y);
     }
-    let n_outputs = w.len() / width;
-    if n_outputs == 0 {
+    let (n_rows, n_outputs) = (x.len() / width, w.len() / width);
+    if n_rows == 0 || n_outputs == 0 {
         return;
     }
-    let n_block = (BLOCK_BYTES / (width * size_of::<W>())).next_multiple_of(OUTPUTS).max(OUTPUTS);
-    let n_rows = (ROWS_BYTES / (width * size_of::<f32>())).next_multiple_of(ROWS).max(ROWS);
-    let mut sums = vec![V::splat(0.0); if width > PART { n_block * ROWS } else { 0 }];
-    let mut packed = Lines::zeros(n_rows.min(x.len() / width) * (width - width % LANES));
-    for (x, y) in x.chunks(n_rows * width).zip(y.chunks_mut(n_rows * n_outputs)) {
+    let n_block = (BLOCK_BYTES / (width * size_of::<W>())).max(1).next_multiple_of(OUTPUTS);
+    let n_passes = n_rows.div_ceil((PASS_BYTES / (width * size_of::<f32>())).max(PASS_ROWS));
+    let n_pass = n_rows.div_ceil(n_passes);
+    let n_sums = if width > PART { n_block.min(n_outputs.next_multiple_of(OUTPUTS)) * ROWS } else { 0 };
+    let mut sums = vec![V::splat(0.0); n_sums];
+    let mut packed = Vec::with_capacity(n_pass * (width / LANES));
+    for (x, y) in x.chunks(n_pass * width).zip(y.chunks_mut(n_pass * n_outputs)) {
         let n_groups = (x.len() / width).div_ceil(ROWS);
-        // Of about one size: a row alone takes half as long as six.
+        // Few rows are shared out evenly: one alone takes half as long as six.
         let n_together = (x.len() / width).div_ceil(n_groups);
-        pack(x, n_together, width, &mut packed);
+        packed.clear();
+        for x in x.chunks(n_together * width) {
+            pack(x, width, &mut packed);
+        }
         for (block, of_block) in w.chunks(n_block * width).enumerate() {
             let next = &w[block * n_block * width..][of_block.len()..];
-            let mut next = lines(&next[..next.len().min(of_block.len())], n_groups);
+            let mut pieces = in_pieces(&next[..next.len().min(of_block.len())], n_groups);
             let groups = x.chunks(n_together * width).zip(y.chunks_mut(n_together * n_outputs));
-            let mut packed = &packed[..];
+            let mut packed = packed.as_slice();
             for (x, y) in groups {
                 let of_group;
-                (of_group, packed) = packed.split_at(x.len() / width * (width - width % LANES));
-                let (first, next) = (block * n_block, next.next().unwrap_or(&[]));
+                (of_group, packed) = packed.split_at(x.len() / width * (width / LANES));
+                let (first, next) = (block * n_block, pieces.next().unwrap_or(&[]));
                 macro_rules! group_of {
                     ($($n:literal)*) => {
                         match y.len() / n_outputs {
@@ -150,28 +160,25 @@ fn row<V: Lanes, W: Weight, const OUTPUTS: usize>(x: &[f32], w: &[W], y: &mut [f
     }
 }
 
-/// The numbers of each `n_together` rows in the order in which [`group`] reads them: sixteen of each row by turns. What is left
-/// of a row is not among them.
+/// Sixteen numbers, a line of the caches: what lies across two of them takes two loads.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Vector([f32; LANES]);
+
+/// Appends the numbers of a few rows in the order in which [`group`] reads them: sixteen of each row by turns. What is left of
+/// the rows is not among them.
 #[inline(always)]
-fn pack(x: &[f32], n_together: usize, width: usize, packed: &mut [f32]) {
-    let (mut vectors, _) = packed.as_chunks_mut::<LANES>();
-    for x in x.chunks(n_together * width) {
-        let n_rows = x.len() / width;
-        let (group, rest) = vectors.split_at_mut(n_rows * (width / LANES));
-        for (row, x) in x.chunks_exact(width).enumerate() {
-            for (vector, x) in group.iter_mut().skip(row).step_by(n_rows).zip(x.as_chunks().0) {
-                *vector = *x;
-            }
-        }
-        vectors = rest;
+fn pack(x: &[f32], width: usize, packed: &mut Vec<Vector>) {
+    for at in 0..width / LANES {
+        packed.extend(x.chunks_exact(width).map(|x| Vector(x.as_chunks().0[at])));
     }
 }
 
-/// A few rows, also `packed`, times some outputs, of which the first is the `first` of each of `y`. `next` is fetched meanwhile;
-/// `sums` are there for what a part of all products comes to.
+/// A few rows, also `packed`, times some outputs, of which the first is the one at `first` of each row of `y`. `next` is fetched
+/// meanwhile; `sums` keep what the products come to from one part of the width to the next.
 #[inline(always)]
 fn group<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
-    (x, packed): (&[f32], &[f32]),
+    (x, packed): (&[f32], &[Vector]),
     (w, next): (&[W], &[W]),
     width: usize,
     first: usize,
@@ -181,13 +188,13 @@ fn group<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
     let n_outputs = y.len() / R;
     let n = w.len() / width;
     let n_tiles = n.div_ceil(OUTPUTS);
-    let (packed, _) = packed.as_chunks::<LANES>().0.as_chunks::<R>();
+    let (packed, _) = packed.as_chunks::<R>();
     let (sums, _) = sums.as_chunks_mut::<OUTPUTS>();
     let n_whole = width / LANES;
     let n_part = n_whole.div_ceil(width.div_ceil(PART)).max(1);
     // One that is empty if rows have less than a vector.
     let n_parts = n_whole.div_ceil(n_part).max(1);
-    let mut next = lines(next, n_tiles * n_parts);
+    let mut pieces = in_pieces(next, n_tiles * n_parts);
     for part in 0..n_parts {
         let part = part * n_part..((part + 1) * n_part).min(n_whole);
         let packed = &packed[part.clone()];
@@ -201,7 +208,7 @@ fn group<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
             if part.start > 0 {
                 so_far.copy_from_slice(&sums[tile * R..][..R]);
             }
-            add_products(packed, of_part, next.next().unwrap_or(&[]), &mut so_far);
+            add_products(packed, of_part, pieces.next().unwrap_or(&[]), &mut so_far);
             if part.end < n_whole {
                 sums[tile * R..][..R].copy_from_slice(&so_far);
                 continue;
@@ -215,15 +222,15 @@ fn group<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
     }
 }
 
-/// `w` in as many pieces, of whole lines of the caches.
-fn lines<W>(w: &[W], n: usize) -> slice::Chunks<'_, W> {
+/// `w` in up to `n` pieces, of whole lines of the caches.
+fn in_pieces<W>(w: &[W], n: usize) -> slice::Chunks<'_, W> {
     w.chunks(w.len().div_ceil(n).next_multiple_of(LINE_BYTES / size_of::<W>()).max(1))
 }
 
 /// Adds the products of whole vectors. `next` is fetched into the second cache meanwhile, a little with each.
 #[inline(always)]
 fn add_products<V: Lanes, W: Weight, const R: usize, const C: usize>(
-    x: &[[[f32; LANES]; R]],
+    x: &[[Vector; R]],
     w: [&[[W; LANES]]; C],
     next: &[W],
     sums: &mut [[V; C]; R],
@@ -240,7 +247,7 @@ fn add_products<V: Lanes, W: Weight, const R: usize, const C: usize>(
         for c in 0..C {
             let w = W::lanes::<V>(&w[c][at]);
             for r in 0..R {
-                so_far[r][c] = V::load(&x[r]).mul_add(w, so_far[r][c]);
+                so_far[r][c] = V::load(&x[r].0).mul_add(w, so_far[r][c]);
             }
         }
     }

@@ -41,14 +41,14 @@ proptest! {
 /// Blocks that stay in a cache: several, the last not whole, and of the least outputs, met by rows in several passes and parts.
 #[test]
 fn a_matrix_of_several_blocks_has_the_same_bits_as_its_outputs_alone() {
-    for (width, n_outputs) in [(515, 137), (40_000, 7)] {
+    for (width, n_outputs) in [(515, 137), (2_055, 70), (40_000, 7)] {
         let numbers = |n: usize, step: usize| -> Vec<f32> {
             (0..n).map(|i| ((i * step) % 199) as f32 / 99.0 - 1.0).collect()
         };
-        let (x, w) = (numbers(14 * width, 17), numbers(n_outputs * width, 31));
+        let (x, w) = (numbers(71 * width, 17), numbers(n_outputs * width, 31));
         let halves: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
         for isa in Isa::all() {
-            for n_rows in [1, 5, 14] {
+            for n_rows in [0, 1, 5, 13, 14, 31, 71] {
                 let x = &x[..n_rows * width];
                 let (mut y, mut y_halves) = (vec![0.0; n_rows * n_outputs], vec![0.0; n_rows * n_outputs]);
                 matmul(isa, x, &w, width, &mut y);

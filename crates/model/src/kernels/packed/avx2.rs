@@ -223,16 +223,17 @@ pub(super) fn add_products_wide(
     panel: Panel<'_>,
     y: &mut [[f32; OUTPUTS]],
 ) {
+    let ahead = Ahead::avx2();
     let mut wide: [Wide; BLOCKS] = [[MaybeUninit::uninit(); BLOCK / 2]; BLOCKS];
     let (groups, rest) = y.as_chunks_mut::<WIDE_ROWS>();
     let mut padded = [[0.0; OUTPUTS]; WIDE_ROWS];
     for first in (0..x.blocks).step_by(BLOCKS) {
         let blocks = first..(first + BLOCKS).min(x.blocks);
         for (block, wide) in blocks.clone().zip(&mut wide) {
-            ask_for_scales(Ahead::avx2(), panel, block);
+            ask_for_scales(ahead, panel, block);
             match bits {
-                Bits::Eight => widen_8(panel.block(block), wide),
-                Bits::Four => widen_4(panel.block(block), wide),
+                Bits::Eight => widen_8(panel.block(block), ahead, wide),
+                Bits::Four => widen_4(panel.block(block), ahead, wide),
             }
         }
         for (group, y) in groups.iter_mut().enumerate() {
@@ -262,8 +263,7 @@ fn widen(bytes: __m256i) -> Two {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
-    let ahead = Ahead::avx2();
+fn widen_8(block: &[[u8; 64]], ahead: Ahead, wide: &mut Wide) {
     let flip = _mm256_set1_epi8(-128);
     assert_eq!(block.len() * 2, wide.len(), "a block of int8");
     for (run, wide) in block.iter().zip(wide.as_chunks_mut::<2>().0) {
@@ -278,8 +278,7 @@ fn widen_8(block: &[[u8; 64]], wide: &mut Wide) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn widen_4(block: &[[u8; 64]], wide: &mut Wide) {
-    let ahead = Ahead::avx2();
+fn widen_4(block: &[[u8; 64]], ahead: Ahead, wide: &mut Wide) {
     let low_halves = _mm256_set1_epi8(0x0f);
     let eight = _mm256_set1_epi8(8);
     assert_eq!(block.len() * 4, wide.len(), "a block of int4");
