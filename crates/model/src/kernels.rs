@@ -4,7 +4,8 @@
 //!
 //! Each kernel is written once and compiled for each instruction set, so that the twins cannot drift apart: [`generic`] in
 //! plain Rust, [`matmul`] and [`attend`] with a type for sixteen [`lanes`]; [`packed`] has one of each. The only module with
-//! `unsafe`, for instructions and calls that need a detected instruction set, the threads' tasks, and a setting of the C library.
+//! `unsafe`, for instructions and calls that need a detected instruction set, the threads' tasks,
+//! results that nobody clears first, and a setting of the C library.
 
 mod attend;
 mod columns;
@@ -16,7 +17,7 @@ mod matmul;
 pub(crate) mod packed;
 pub mod threads;
 
-use std::sync::OnceLock;
+use std::{mem::MaybeUninit, sync::OnceLock};
 
 use half::bf16;
 
@@ -136,6 +137,12 @@ impl Isa {
         matches!(self, Self::Amx)
     }
 
+    /// True if it multiplies many rows with two panels at once.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const fn pairs_panels(self) -> bool {
+        matches!(self, Self::Avx512)
+    }
+
     #[cfg(not(target_arch = "x86_64"))]
     #[expect(clippy::unused_self, reason = "others have sets that do")]
     pub(crate) const fn widens(self) -> bool {
@@ -145,6 +152,12 @@ impl Isa {
     #[cfg(not(target_arch = "x86_64"))]
     #[expect(clippy::unused_self, reason = "others have sets that do")]
     pub(crate) const fn has_tiles(self) -> bool {
+        false
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    #[expect(clippy::unused_self, reason = "others have sets that do")]
+    pub(crate) const fn pairs_panels(self) -> bool {
         false
     }
 
@@ -298,7 +311,8 @@ impl Product<'_> {
         self.n_rows() * self.width * self.outputs
     }
 
-    fn compute(&self, isa: Isa, y: &mut Columns<'_>) {
+    /// Writes every number of `y`.
+    fn compute(&self, isa: Isa, y: &mut Columns<'_, MaybeUninit<f32>>) {
         match self.factors {
             Factors::F32(rows, w) => self.compute_stored(isa, rows, w, y),
             Factors::Bf16(rows, w) => self.compute_stored(isa, rows, w, y),
@@ -309,13 +323,19 @@ impl Product<'_> {
         }
     }
 
-    fn compute_stored<W: Weight>(&self, isa: Isa, rows: &[f32], w: &[W], y: &mut Columns<'_>) {
+    fn compute_stored<W: Weight>(
+        &self,
+        isa: Isa,
+        rows: &[f32],
+        w: &[W],
+        y: &mut Columns<'_, MaybeUninit<f32>>,
+    ) {
         let outputs = y.range();
         let mut part = vec![0.0; self.n_rows() * outputs.len()];
         let w = &w[outputs.start * self.width..outputs.end * self.width];
         matmul(isa, rows, w, self.width, &mut part);
         for (row, part) in part.chunks_exact(outputs.len()).enumerate() {
-            y.row(row).copy_from_slice(part);
+            y.row(row).write_copy_of_slice(part);
         }
     }
 }
@@ -364,14 +384,25 @@ pub(crate) fn products(list: &[Product<'_>]) -> Vec<Vec<f32>> {
 pub(crate) fn products_beside<T>(list: &[Product<'_>], first: impl FnOnce() -> T) -> (T, Vec<Vec<f32>>) {
     let isa = Isa::detect();
     let cut = Cut::new(list.iter().map(Product::work).sum());
-    let mut results: Vec<_> =
-        list.iter().map(|product| vec![0.0; product.n_rows() * product.outputs]).collect();
+    // Not cleared first: one thread would do it, for as long as a twentieth of the products takes.
+    let mut results: Vec<Vec<f32>> =
+        list.iter().map(|product| Vec::with_capacity(product.n_rows() * product.outputs)).collect();
     let mut tasks = Vec::with_capacity(cut.n_tasks + list.len());
     for (product, y) in list.iter().zip(&mut results) {
         let share = cut.share(product.outputs.div_ceil(UNIT), product.work()) * UNIT;
+        let y = &mut y.spare_capacity_mut()[..product.n_rows() * product.outputs];
         tasks.extend(Columns::split(y, product.outputs, share).map(|columns| (product, columns)));
     }
     let done = cut.run(tasks, |(product, mut columns)| product.compute(isa, &mut columns), first);
+    for (product, y) in list.iter().zip(&mut results) {
+        #[expect(
+            unsafe_code,
+            reason = "sound: each task has written all rows of its columns, which cover the outputs"
+        )]
+        unsafe {
+            y.set_len(product.n_rows() * product.outputs);
+        }
+    }
     (done, results)
 }
 

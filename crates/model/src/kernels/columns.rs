@@ -3,27 +3,23 @@
 use std::{marker::PhantomData, ops::Range, slice};
 
 /// Some columns of a matrix `[rows, n_columns]`.
-pub(crate) struct Columns<'a> {
+pub(crate) struct Columns<'a, T = f32> {
     /// The matrix's first number.
-    start: *mut f32,
+    start: *mut T,
     n_rows: usize,
     n_columns: usize,
     columns: Range<usize>,
-    matrix: PhantomData<&'a mut [f32]>,
+    matrix: PhantomData<&'a mut [T]>,
 }
 
-#[expect(unsafe_code, reason = "sound: as a `&mut [f32]` is, since no two hold the same number")]
-unsafe impl Send for Columns<'_> {}
+#[expect(unsafe_code, reason = "sound: as a `&mut [T]` is, since no two hold the same number")]
+unsafe impl<T: Send> Send for Columns<'_, T> {}
 
-impl<'a> Columns<'a> {
+impl<'a, T> Columns<'a, T> {
     /// Cuts `matrix` between columns: `share` of them each, the last what is left.
-    pub(crate) fn split(
-        matrix: &'a mut [f32],
-        n_columns: usize,
-        share: usize,
-    ) -> impl Iterator<Item = Columns<'a>> {
+    pub(crate) fn split(matrix: &'a mut [T], n_columns: usize, share: usize) -> impl Iterator<Item = Self> {
         let (start, n_rows) = (matrix.as_mut_ptr(), matrix.len() / n_columns);
-        (0..n_columns).step_by(share).map(move |first| Columns {
+        (0..n_columns).step_by(share).map(move |first| Self {
             start,
             n_rows,
             n_columns,
@@ -33,7 +29,7 @@ impl<'a> Columns<'a> {
     }
 
     /// All of them.
-    pub(crate) fn whole(matrix: &'a mut [f32], n_columns: usize) -> Self {
+    pub(crate) fn whole(matrix: &'a mut [T], n_columns: usize) -> Self {
         let (start, n_rows) = (matrix.as_mut_ptr(), matrix.len() / n_columns);
         Self { start, n_rows, n_columns, columns: 0..n_columns, matrix: PhantomData }
     }
@@ -44,7 +40,7 @@ impl<'a> Columns<'a> {
     }
 
     /// Their numbers of one row.
-    pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.n_rows, "row {row} of {}", self.n_rows);
         #[expect(
             unsafe_code,

@@ -24,11 +24,11 @@ pub(super) mod neon;
 mod rows;
 mod scalar;
 
-use std::ops::Range;
+use std::{mem::MaybeUninit, ops::Range};
 
 use half::bf16;
 
-use self::rows::{Biases, GROUP, Group, Quantize, Row, WIDE_ROWS, WideBlock, biases_of, widen};
+use self::rows::{Biases, GROUP, Group, Quantize, Row, WIDE_ROWS, WideBlock, biases_of, in_group, widen};
 #[cfg(target_arch = "x86_64")]
 use self::rows::{Part, TILE_ROWS, quantize, select};
 pub(crate) use self::{
@@ -45,7 +45,7 @@ pub(crate) const BLOCK: usize = 32;
 const SCALES_BYTES: usize = OUTPUTS * 2;
 /// Blocks of a panel that are multiplied with all rows before the next ones are: they stay in the first cache.
 const BLOCKS: usize = 8;
-/// Rows that meet a task's panels before the next ones do: they stay in the second cache.
+/// Rows that meet a task's panels before the next ones do, or some more or fewer: they stay in the second cache.
 const ROWS_PASS: usize = 128;
 /// Panels whose outputs of a row are stored together: rows are pages apart.
 const PANELS_PASS: usize = 4;
@@ -78,6 +78,14 @@ struct Near<'a> {
     is_cold: bool,
     /// What is read after it.
     next: &'a [Line],
+}
+
+/// A panel, and where the rows' products with it go, one a row.
+struct Turn<'a, 'y> {
+    panel: Panel<'a>,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "AVX-512 alone fetches ahead"))]
+    near: Near<'a>,
+    y: &'y mut [[f32; OUTPUTS]],
 }
 
 impl Near<'_> {
@@ -241,26 +249,33 @@ fn add_products<const R: usize>(
     }
 }
 
-/// Rows of `x` from `first` on, the first of a group, times the outputs of one panel → `y`, one a row.
-#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "AVX-512 alone fetches ahead"))]
-fn rows_with_panel(
-    (isa, bits): (Isa, Bits),
-    x: &Rows,
-    first: usize,
-    panel: Panel<'_>,
-    near: Near<'_>,
-    y: &mut [[f32; OUTPUTS]],
-) {
+/// Rows of `x` from `first` on, the first of a group, times the outputs of two panels.
+fn rows_with_two((isa, bits): (Isa, Bits), x: &Rows, first: usize, turns: [Turn<'_, '_>; 2]) {
+    #[cfg(target_arch = "x86_64")]
+    #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+    if isa.pairs_panels() && !x.is_few() {
+        return unsafe { avx512::rows_with_panels(bits, x, first, turns) };
+    }
+    turns.into_iter().for_each(|turn| rows_with_panel((isa, bits), x, first, turn));
+}
+
+/// The same with one.
+fn rows_with_panel((isa, bits): (Isa, Bits), x: &Rows, first: usize, turn: Turn<'_, '_>) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Avx512) || isa.has_tiles() && x.group != TILE_ROWS {
+        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
+        return unsafe { avx512::rows_with_panels(bits, x, first, [turn]) };
+    }
+    let Turn { panel, y, .. } = turn;
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     match isa {
-        Isa::Amx if x.group == TILE_ROWS => return unsafe { amx::rows_with_panel(bits, x, first, panel, y) },
-        Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_panel(bits, x, first, panel, near, y) },
+        Isa::Amx => return unsafe { amx::rows_with_panel(bits, x, first, panel, y) },
         Isa::Avx2 if !x.wide.is_empty() => {
             y.fill([0.0; OUTPUTS]);
             return unsafe { avx2::add_products_wide(bits, x, first, panel, y) };
         }
-        Isa::Avx2 | Isa::Baseline => {}
+        Isa::Avx512 | Isa::Avx2 | Isa::Baseline => {}
     }
     #[cfg(target_arch = "aarch64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
@@ -285,7 +300,7 @@ fn rows_with_panel(
 }
 
 /// `x` `[rows, width]` times some panels of a packed matrix `[outputs, width]` transposed → their columns of `y`
-/// `[rows, outputs]`.
+/// `[rows, outputs]`, every number of them.
 pub(crate) fn rows_with_panels(
     isa: Isa,
     bits: Bits,
@@ -293,31 +308,37 @@ pub(crate) fn rows_with_panels(
     packed: &[u8],
     width: usize,
     panels: Range<usize>,
-    y: &mut Columns<'_>,
+    y: &mut Columns<'_, MaybeUninit<f32>>,
 ) {
-    let rows_max = x.n_rows.min(ROWS_PASS);
+    let rows_max = x.pass_rows();
     let (mut few, mut many) = ([[0.0; OUTPUTS]; GROUP * PANELS_PASS], Vec::new());
     let sums = sums(rows_max * PANELS_PASS, &mut few, &mut many);
-    for first in (0..x.n_rows).step_by(ROWS_PASS) {
-        let n_rows = ROWS_PASS.min(x.n_rows - first);
+    let panel = |at| Panel::of(bits, packed, width, at);
+    let near = |at: usize| Near {
+        is_cold: at < panels.start + 2,
+        next: if at + 2 < panels.end { panel(at + 2).lines } else { &[] },
+    };
+    for first in (0..x.n_rows).step_by(rows_max) {
+        let n_rows = rows_max.min(x.n_rows - first);
         for start in panels.clone().step_by(PANELS_PASS) {
             let some = start..(start + PANELS_PASS).min(panels.end);
-            for (at, sums) in some.clone().zip(sums.chunks_exact_mut(rows_max)) {
-                let panel = |at| Panel::of(bits, packed, width, at);
-                let near = if n_rows > GROUP {
-                    let next = if at + 1 < panels.end { panel(at + 1).lines } else { &[] };
-                    Near { is_cold: at == panels.start, next }
-                } else {
-                    Near::FEW_ROWS
-                };
-                rows_with_panel((isa, bits), x, first, panel(at), near, &mut sums[..n_rows]);
+            let mut turns = some.clone().zip(sums.chunks_exact_mut(rows_max)).map(|(at, sums)| Turn {
+                panel: panel(at),
+                near: if x.is_few() { Near::FEW_ROWS } else { near(at) },
+                y: &mut sums[..n_rows],
+            });
+            while let Some(turn) = turns.next() {
+                match turns.next() {
+                    Some(second) => rows_with_two((isa, bits), x, first, [turn, second]),
+                    None => rows_with_panel((isa, bits), x, first, turn),
+                }
             }
             for row in 0..n_rows {
                 let y = &mut y.row(first + row)[(start - panels.start) * OUTPUTS..];
                 for (y, sums) in y.chunks_mut(OUTPUTS).zip(sums.chunks_exact(rows_max)).take(some.len()) {
                     match y.as_mut_array() {
-                        Some(y) => *y = sums[row],
-                        None => y.copy_from_slice(&sums[row][..y.len()]),
+                        Some(y) => *y = sums[row].map(MaybeUninit::new),
+                        None => _ = y.write_copy_of_slice(&sums[row][..y.len()]),
                     }
                 }
             }
@@ -344,7 +365,7 @@ pub(crate) fn sum_of_positive(x: &Rows, weights: &[f32], panels: &[u8], width: u
     let mut products = vec![[0.0; OUTPUTS]; x.n_rows];
     for (at, sums) in sums.chunks_mut(OUTPUTS).enumerate() {
         let panel = Panel::of(Bits::Eight, panels, width, at);
-        rows_with_panel((isa, Bits::Eight), x, 0, panel, Near::FEW_ROWS, &mut products);
+        rows_with_panel((isa, Bits::Eight), x, 0, Turn { panel, near: Near::FEW_ROWS, y: &mut products });
         let mut sum = [0.0; OUTPUTS];
         super::add_positive(&products, weights, &mut sum);
         sums.copy_from_slice(&sum[..sums.len()]);

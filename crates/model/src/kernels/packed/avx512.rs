@@ -1,13 +1,14 @@
 //! AVX-512 with VNNI. `dpbusd` multiplies unsigned with signed bytes: a matrix's numbers are unsigned as they are stored, and
 //! a block's dot product begins with what that adds too much.
 //!
-//! A panel is multiplied with a group of up to eight rows at once: their sums, which stay in registers from the first block
-//! to the last, their dot products and what is multiplied fit 32 registers.
+//! A panel is multiplied with a group of up to eight rows at once, or two panels with up to seven, so that a core loads less than
+//! it multiplies: their sums, which stay in registers from the first block to the last, their dot products and what is
+//! multiplied fit 32 registers.
 
 use std::arch::x86_64::*;
 
 use super::{
-    BLOCK, Bits, GROUP, Group, Line, Near, OUTPUTS, Panel, Part, Quantize, ROUNDER, Rows, SCALES_BYTES,
+    BLOCK, Bits, Group, Line, OUTPUTS, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, Turn,
     ahead::{self, Ahead},
     gated,
 };
@@ -97,42 +98,55 @@ fn broadcast([a, b, c, d]: [i8; 4]) -> __m512i {
     _mm512_set1_epi32(i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]))
 }
 
-/// Rows from `first` on times the outputs of one panel → `y`, one a row. What is read `next` is fetched meanwhile, a little
-/// with each block: a panel takes longer to come from memory than a group's products.
+/// Rows from `first` on times the outputs of some panels, one or two, which share what is loaded of the rows. What is read next
+/// is fetched meanwhile, a little with each block: a panel takes longer to come from memory than a group's products.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-pub(super) fn rows_with_panel(
+pub(super) fn rows_with_panels<const P: usize>(
     bits: Bits,
     x: &Rows,
     first: usize,
-    panel: Panel<'_>,
-    Near { is_cold, next }: Near<'_>,
-    y: &mut [[f32; OUTPUTS]],
+    mut turns: [Turn<'_, '_>; P],
 ) {
-    let mut next = next.chunks(next.len().div_ceil(y.len().div_ceil(GROUP)).max(1));
-    for (at, y) in y.chunks_mut(GROUP).enumerate() {
-        let (x, next) = (x.group(first + at * GROUP), next.next().unwrap_or(&[]));
-        let near = Near { is_cold: is_cold && at == 0, next };
+    let n_rows = turns[0].y.len();
+    let mut next = turns.each_ref().map(|turn| in_parts(turn.near.next, n_rows.div_ceil(x.group)));
+    for start in (0..n_rows).step_by(x.group) {
+        let (x, rows) = (x.group(first + start), start..(start + x.group).min(n_rows));
+        let is_cold = start == 0 && turns[0].near.is_cold;
+        let next = next.each_mut().map(|next| next.next().unwrap_or(&[]));
+        let panels = turns.each_ref().map(|turn| turn.panel.lines);
+        let y = turns.each_mut().map(|turn| &mut turn.y[rows.clone()]);
         match bits {
-            Bits::Eight => group_with_panel::<false>(x, panel, near, y),
-            Bits::Four => group_with_panel::<true>(x, panel, near, y),
+            Bits::Eight => group_with_panels::<P, { Bits::Eight.pair_lines() }>(x, is_cold, panels, next, y),
+            Bits::Four => group_with_panels::<P, { Bits::Four.pair_lines() }>(x, is_cold, panels, next, y),
         }
     }
 }
 
-/// The same with one group.
+/// Cuts lines into `n` parts of the same length, the last may have less.
+fn in_parts(lines: &[Line], n: usize) -> std::slice::Chunks<'_, Line> {
+    lines.chunks(lines.len().div_ceil(n.max(1)).max(1))
+}
+
+/// True if the sums and dot products of so many rows and panels leave four registers for what is multiplied.
+const fn fits(rows: usize, panels: usize) -> bool {
+    2 * rows * panels + 4 <= 32
+}
+
+/// The same with one group. `PAIR` lines are two blocks of a panel, with their scales.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn group_with_panel<const FOUR: bool>(
+fn group_with_panels<const P: usize, const PAIR: usize>(
     x: Group<'_>,
-    panel: Panel<'_>,
-    Near { is_cold, next }: Near<'_>,
-    y: &mut [[f32; OUTPUTS]],
+    is_cold: bool,
+    panels: [&[Line]; P],
+    next: [&[Line]; P],
+    y: [&mut [[f32; OUTPUTS]]; P],
 ) {
     macro_rules! of {
         ($($n:literal)*) => {
-            match (y.len(), is_cold) {
-                $(($n, true) => products::<$n, FOUR, true>(x, panel, next, y),)*
-                $(($n, false) => products::<$n, FOUR, false>(x, panel, next, y),)*
+            match (y[0].len(), is_cold) {
+                $(($n, true) if const { fits($n, P) } => products::<$n, P, PAIR, true>(x, panels, next, y),)*
+                $(($n, false) if const { fits($n, P) } => products::<$n, P, PAIR, false>(x, panels, next, y),)*
                 (n, _) => unreachable!("{n} rows in a group"),
             }
         };
@@ -141,61 +155,94 @@ fn group_with_panel<const FOUR: bool>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn products<const R: usize, const FOUR: bool, const COLD: bool>(
+fn products<const R: usize, const P: usize, const PAIR: usize, const COLD: bool>(
     x: Group<'_>,
-    panel: Panel<'_>,
-    next: &[Line],
-    y: &mut [[f32; OUTPUTS]],
+    panels: [&[Line]; P],
+    next: [&[Line]; P],
+    y: [&mut [[f32; OUTPUTS]]; P],
 ) {
+    let is_four = const { PAIR == Bits::Four.pair_lines() };
+    let block_lines = const { PAIR / 2 };
     let low_halves = _mm512_set1_epi8(0x0f);
-    let ahead = Ahead::avx512(if FOUR { Bits::Four } else { Bits::Eight });
-    // Loops over `R`, not `map`: what is not inlined here is compiled without this function's instructions.
-    let mut sums = [_mm512_setzero_ps(); R];
-    let pair_lines = const { if FOUR { Bits::Four.pair_lines() } else { Bits::Eight.pair_lines() } };
-    let (x_numbers, x_scales) = (x.numbers.as_chunks::<R>().0, x.scales.as_chunks::<R>().0);
-    let mut next = next.chunks(next.len().div_ceil(x_scales.len().max(1)).max(1));
-    let mut of_rows = x_numbers.iter().zip(x_scales).zip(x.biases.as_chunks::<R>().0);
-    for lines in panel.lines.chunks_exact(pair_lines) {
-        let Some((w_scales, lines)) = lines.split_first() else { return };
-        ask_for::<COLD>(ahead, w_scales);
-        let blocks = lines.chunks_exact(pair_lines / 2).zip(w_scales.as_chunks::<SCALES_BYTES>().0);
-        for ((lines, w_scales), ((x, x_scales), biases)) in blocks.zip(&mut of_rows) {
-            for line in next.next().unwrap_or(&[]) {
+    let ahead = Ahead::avx512(if is_four { Bits::Four } else { Bits::Eight });
+    let panels = panels.map(|lines| lines.as_chunks::<PAIR>().0);
+    let mut next = next.map(|next| in_parts(next, x.scales.len() / R));
+    // Loops over `R` and `P`, not `map`: what is not inlined here is compiled without this function's instructions.
+    let mut sums = [[_mm512_setzero_ps(); R]; P];
+    let x_numbers = x.numbers.as_chunks::<R>().0.as_chunks::<2>().0;
+    let x_scales = x.scales.as_chunks::<R>().0.as_chunks::<2>().0;
+    let biases = x.biases.as_chunks::<R>().0.as_chunks::<2>().0;
+    for (pair, ((x, x_scales), biases)) in x_numbers.iter().zip(x_scales).zip(biases).enumerate() {
+        let mut pairs = [&[[0; 64]; PAIR]; P];
+        for p in 0..P {
+            pairs[p] = &panels[p][pair];
+            ask_for::<COLD>(ahead, &pairs[p][0]);
+        }
+        for half in 0..2 {
+            for line in next.iter_mut().filter_map(Iterator::next).flatten() {
                 ahead::ask_for::<_MM_HINT_T1>(line, 0);
             }
-            let mut dots = [_mm512_setzero_si512(); R];
+            let mut dots = [[_mm512_setzero_si512(); R]; P];
             for r in 0..R {
-                dots[r] = _mm512_set1_epi32(biases[r][usize::from(FOUR)]);
-            }
-            for (at, line) in lines.iter().enumerate() {
-                let w = load(line);
-                ask_for::<COLD>(ahead, line);
-                if FOUR {
-                    let low = _mm512_and_si512(w, low_halves);
-                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low_halves);
-                    for r in 0..R {
-                        let (steps, _) = x[r].as_chunks::<4>();
-                        dots[r] = _mm512_dpbusd_epi32(dots[r], low, broadcast(steps[2 * at % STEPS]));
-                        dots[r] = _mm512_dpbusd_epi32(dots[r], high, broadcast(steps[(2 * at + 1) % STEPS]));
-                    }
-                } else {
-                    for r in 0..R {
-                        dots[r] =
-                            _mm512_dpbusd_epi32(dots[r], w, broadcast(x[r].as_chunks::<4>().0[at % STEPS]));
-                    }
+                let bias = _mm512_set1_epi32(biases[half][r][usize::from(is_four)]);
+                for dots in &mut dots {
+                    dots[r] = bias;
                 }
             }
-            let w_scales = scales(w_scales);
-            for r in 0..R {
-                let scale = _mm512_mul_ps(w_scales, _mm512_set1_ps(x_scales[r]));
-                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r]), scale, sums[r]);
+            for at in 0..block_lines {
+                let mut w = [_mm512_setzero_si512(); P];
+                for p in 0..P {
+                    let line = &pairs[p][1 + half * block_lines + at];
+                    w[p] = load(line);
+                    ask_for::<COLD>(ahead, line);
+                }
+                if is_four {
+                    let mut high = [_mm512_setzero_si512(); P];
+                    for p in 0..P {
+                        high[p] = _mm512_and_si512(_mm512_srli_epi16::<4>(w[p]), low_halves);
+                        w[p] = _mm512_and_si512(w[p], low_halves);
+                    }
+                    multiply(&mut dots, w, &x[half], 2 * at);
+                    multiply(&mut dots, high, &x[half], 2 * at + 1);
+                } else {
+                    multiply(&mut dots, w, &x[half], at);
+                }
+            }
+            for p in 0..P {
+                let w_scales = scales(&pairs[p][0].as_chunks().0[half]);
+                for r in 0..R {
+                    let scale = _mm512_mul_ps(w_scales, _mm512_set1_ps(x_scales[half][r]));
+                    sums[p][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[p][r]), scale, sums[p][r]);
+                }
             }
         }
     }
-    for (y, sums) in y.iter_mut().zip(sums) {
-        #[expect(unsafe_code, reason = "sound: sixteen floats are there, and the store needs no alignment")]
-        unsafe {
-            _mm512_storeu_ps(y.as_mut_ptr(), sums);
+    for (y, sums) in y.into_iter().zip(sums) {
+        for (y, sums) in y.iter_mut().zip(sums) {
+            #[expect(
+                unsafe_code,
+                reason = "sound: sixteen floats are there, and the store needs no alignment"
+            )]
+            unsafe {
+                _mm512_storeu_ps(y.as_mut_ptr(), sums);
+            }
+        }
+    }
+}
+
+/// Adds the products of four numbers of each panel's outputs with those of each row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn multiply<const R: usize, const P: usize>(
+    dots: &mut [[__m512i; R]; P],
+    w: [__m512i; P],
+    x: &[[i8; BLOCK]; R],
+    step: usize,
+) {
+    for r in 0..R {
+        let x = broadcast(x[r].as_chunks::<4>().0[step % STEPS]);
+        for p in 0..P {
+            dots[p][r] = _mm512_dpbusd_epi32(dots[p][r], w[p], x);
         }
     }
 }

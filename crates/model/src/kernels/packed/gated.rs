@@ -4,8 +4,8 @@
 use std::{marker::PhantomData, ops::Range};
 
 use super::{
-    super::generic::silu_mul, BLOCK, Biases, Bits, GROUP, Isa, Near, OUTPUTS, Panel, Quantize, ROWS_PASS,
-    Rows, WideBlock, biases_of, rows_with_panel, scalar, sums, widen,
+    super::generic::silu_mul, BLOCK, Biases, Bits, GROUP, Isa, Near, OUTPUTS, Panel, Quantize, Rows, Turn,
+    WideBlock, biases_of, in_group, rows_with_two, scalar, sums, widen,
 };
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -72,13 +72,23 @@ impl Gated<'_> {
     /// silu(gate x) · up x for the outputs of some blocks.
     pub(crate) fn compute(&self, isa: Isa, to: &mut Blocks<'_>) {
         let n_panels = self.outputs.div_ceil(OUTPUTS);
-        let rows_max = self.rows.n_rows().min(ROWS_PASS);
+        let rows_max = self.rows.pass_rows();
         let (mut few, mut many) = ([[0.0; OUTPUTS]; GROUP * 2 * PANELS], Vec::new());
         let sums = sums(rows_max * 2 * PANELS, &mut few, &mut many);
-        for first in (0..self.rows.n_rows()).step_by(ROWS_PASS) {
-            let n_rows = ROWS_PASS.min(self.rows.n_rows() - first);
+        let blocks = to.range.clone();
+        let of_two = |packed, at: usize| {
+            let panel = |at| Panel::of(self.bits, packed, self.width, at);
+            let has_next = at + 1 < n_panels.min(blocks.end * PANELS);
+            let near = Near {
+                is_cold: at == blocks.start * PANELS,
+                next: if has_next { panel(at + 1).lines } else { &[] },
+            };
+            (panel(at), if self.rows.is_few() { Near::FEW_ROWS } else { near })
+        };
+        for first in (0..self.rows.n_rows()).step_by(rows_max) {
+            let n_rows = rows_max.min(self.rows.n_rows() - first);
             let (gate, up) = sums[..n_rows * 2 * PANELS].split_at_mut(n_rows * PANELS);
-            for block in to.range.clone() {
+            for block in blocks.clone() {
                 let sums = gate.chunks_exact_mut(n_rows).zip(up.chunks_exact_mut(n_rows));
                 for (at, (gate, up)) in (block * PANELS..).zip(sums) {
                     if at >= n_panels {
@@ -86,20 +96,11 @@ impl Gated<'_> {
                         up.fill([0.0; OUTPUTS]);
                         continue;
                     }
-                    // A panel of each by turns, and so to the end.
-                    let panel = |packed, at| Panel::of(self.bits, packed, self.width, at);
-                    let (mut of_gate, mut of_up) = (Near::FEW_ROWS, Near::FEW_ROWS);
-                    if n_rows > GROUP {
-                        let is_cold = at == to.range.start * PANELS;
-                        let has_next = at + 1 < n_panels.min(to.range.end * PANELS);
-                        let next = if has_next { panel(self.gate, at + 1).lines } else { &[] };
-                        of_gate = Near { is_cold, next: panel(self.up, at).lines };
-                        of_up = Near { is_cold: false, next };
-                    }
-                    for (packed, near, sums) in [(self.gate, of_gate, gate), (self.up, of_up, up)] {
-                        let isa = (isa, self.bits);
-                        rows_with_panel(isa, self.rows, first, panel(packed, at), near, sums);
-                    }
+                    let turns = [(self.gate, gate), (self.up, up)].map(|(packed, y)| {
+                        let (panel, near) = of_two(packed, at);
+                        Turn { panel, near, y }
+                    });
+                    rows_with_two((isa, self.bits), self.rows, first, turns);
                 }
                 gate_with(isa, Part { gate, up, first, block, to });
             }
@@ -161,7 +162,7 @@ impl<'a> Blocks<'a> {
     #[inline(always)]
     fn put<Q: Quantize>(&mut self, row: usize, block: usize, x: &[f32; BLOCK]) {
         assert!(row < self.n_rows && self.range.contains(&block), "block {block} of row {row}");
-        let in_group = row & (self.group - 1);
+        let in_group = in_group(row, self.group);
         let first = row - in_group;
         let at = first * self.blocks + block * self.group.min(self.n_places - first) + in_group;
         #[expect(

@@ -7,12 +7,14 @@ use super::{
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 
-/// Rows whose blocks lie together.
+/// Rows whose blocks lie together, and so few of them that they read a matrix as fast as one row.
 pub(super) const GROUP: usize = 8;
+/// Rows of a group where AVX-512 multiplies more than [`GROUP`] with two panels at once: at most.
+const PAIRED_ROWS: usize = 7;
 /// The same where AMX multiplies more than a group of rows.
 pub(super) const TILE_ROWS: usize = 16;
-// None of these is cut.
-const _: () = assert!(ROWS_PASS.is_multiple_of(TILE_ROWS) && TILE_ROWS.is_multiple_of(GROUP));
+// Neither is cut.
+const _: () = assert!(TILE_ROWS.is_multiple_of(GROUP));
 const _: () = assert!(GROUP.is_multiple_of(WIDE_ROWS));
 /// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
 pub(super) const WIDE_FROM: usize = 4;
@@ -42,14 +44,13 @@ pub(super) trait Quantize {
 }
 
 /// Rows `[rows, width]` as int8 with a scale for each block; what is missing of the last two is zeros. In the order in which a
-/// kernel reads them: groups of eight rows (the last has what is left) or of a tile's sixteen (the last is filled up with
+/// kernel reads them: groups of up to eight rows (the last has what is left) or of a tile's sixteen (the last is filled up with
 /// zeros), in a group block after block, in a block row after row.
 #[derive(Debug)]
 pub(crate) struct Rows {
     pub(super) n_rows: usize,
     /// With those that fill up the last tile.
     pub(super) n_places: usize,
-    /// A power of two.
     pub(super) group: usize,
     pub(super) blocks: usize,
     pub(super) numbers: Vec<[i8; BLOCK]>,
@@ -259,10 +260,22 @@ impl Rows {
         }
     }
 
-    /// Without a division, which would be noticed.
     pub(super) fn row(&self, row: usize) -> Row<'_> {
-        let in_group = row & (self.group - 1);
+        let in_group = in_group(row, self.group);
         Row { group: self.group(row - in_group), row: in_group }
+    }
+
+    /// True if they read a matrix as one row does: once, as fast as memory gives it.
+    pub(super) const fn is_few(&self) -> bool {
+        self.n_rows <= GROUP
+    }
+
+    /// Whole groups that meet a task's panels before the next ones do.
+    pub(super) const fn pass_rows(&self) -> usize {
+        if self.n_rows <= ROWS_PASS {
+            return self.n_rows;
+        }
+        self.n_rows.div_ceil(self.n_rows.div_ceil(ROWS_PASS)).next_multiple_of(self.group)
     }
 }
 
@@ -282,7 +295,22 @@ impl<'a> Row<'a> {
 
 /// Of so many rows, those that lie together.
 const fn group_rows(isa: Isa, n_rows: usize) -> usize {
-    if isa.has_tiles() && n_rows > GROUP { TILE_ROWS } else { GROUP }
+    if n_rows <= GROUP {
+        GROUP
+    } else if isa.has_tiles() {
+        TILE_ROWS
+    } else if isa.pairs_panels() {
+        // As many groups as it takes, of about the same length.
+        n_rows.div_ceil(n_rows.div_ceil(PAIRED_ROWS))
+    } else {
+        GROUP
+    }
+}
+
+/// Where a row lies in its group. A division of 32 bits: one of 64 would be noticed on older cores.
+#[inline(always)]
+pub(super) const fn in_group(row: usize, group: usize) -> usize {
+    (row as u32 % group as u32) as usize
 }
 
 fn quantize_with(isa: Isa, part: Part<'_>) {
@@ -336,7 +364,7 @@ pub(super) fn select(from: &Rows, rows: &[usize], to: &mut Rows) {
     let blocks = from.blocks;
     for (row, &from_row) in rows.iter().enumerate() {
         let from = from.row(from_row);
-        let in_group = row & (to.group - 1);
+        let in_group = in_group(row, to.group);
         let first = row - in_group;
         let n_rows = to.group.min(to.n_places - first);
         for block in 0..blocks {
