@@ -45,10 +45,10 @@ impl Ahead {
 
 /// Asks for the line `ahead_bytes` after that one, which need not exist.
 #[inline(always)]
-pub(super) fn ask_for<const HINT: i32>(line: &Line, ahead_bytes: usize) {
+pub(super) fn ask_for<const HINT: i32>(line: *const Line, ahead_bytes: usize) {
     #[expect(unsafe_code, reason = "sound: every x86-64 has it, and it never faults, wherever it points")]
     unsafe {
-        _mm_prefetch::<HINT>(line.as_ptr().wrapping_add(ahead_bytes).cast());
+        _mm_prefetch::<HINT>(line.wrapping_byte_add(ahead_bytes).cast());
     }
 }
 

@@ -166,12 +166,12 @@ fn products<const R: usize, const P: usize, const PAIR: usize, const COLD: bool>
     let low_halves = _mm512_set1_epi8(0x0f);
     let ahead = Ahead::avx512(if is_four { Bits::Four } else { Bits::Eight });
     let panels = panels.map(|lines| lines.as_chunks::<PAIR>().0);
-    let mut next = next.map(|next| in_parts(next, x.scales.len() / R));
     // Loops over `R` and `P`, not `map`: what is not inlined here is compiled without this function's instructions.
     let mut sums = [[_mm512_setzero_ps(); R]; P];
     let x_numbers = x.numbers.as_chunks::<R>().0.as_chunks::<2>().0;
     let x_scales = x.scales.as_chunks::<R>().0.as_chunks::<2>().0;
     let biases = x.biases.as_chunks::<R>().0.as_chunks::<2>().0;
+    let n_next = next[0].len().div_ceil(2 * x_numbers.len().max(1));
     for (pair, ((x, x_scales), biases)) in x_numbers.iter().zip(x_scales).zip(biases).enumerate() {
         let mut pairs = [&[[0; 64]; PAIR]; P];
         for p in 0..P {
@@ -179,8 +179,11 @@ fn products<const R: usize, const P: usize, const PAIR: usize, const COLD: bool>
             ask_for::<COLD>(ahead, &pairs[p][0]);
         }
         for half in 0..2 {
-            for line in next.iter_mut().filter_map(Iterator::next).flatten() {
-                ahead::ask_for::<_MM_HINT_T1>(line, 0);
+            for next in next {
+                let next = next.as_ptr().wrapping_add((2 * pair + half) * n_next);
+                for at in 0..n_next {
+                    ahead::ask_for::<_MM_HINT_T1>(next.wrapping_add(at), 0);
+                }
             }
             let mut dots = [[_mm512_setzero_si512(); R]; P];
             for r in 0..R {
