@@ -9,7 +9,9 @@ pub(crate) fn beside(shard: &Arc<Shard>) {
     let shard = Arc::clone(shard);
     tokio::task::spawn_blocking(move || match shard.settle() {
         Ok(0) => {}
-        Ok(bytes) => tracing::info!(bytes, "experts moved into huge pages"),
+        Ok(bytes) => {
+            tracing::info!(bytes, huge_bytes = model::huge_bytes(), "experts copied for huge pages");
+        }
         Err(error) => tracing::warn!(%error, "some experts stay where their files are mapped"),
     });
 }

@@ -194,7 +194,9 @@ pub async fn run(args: Args, process: Process, ready: impl FnOnce(SocketAddr)) -
 fn settle(checkpoint: Arc<Checkpoint>, go_on: impl Fn() -> bool + Send + 'static) {
     tokio::task::spawn_blocking(move || match checkpoint.settle(&go_on) {
         Ok(0) => {}
-        Ok(bytes) => tracing::info!(bytes, "weights moved into huge pages"),
+        Ok(bytes) => {
+            tracing::info!(bytes, huge_bytes = model::huge_bytes(), "weights copied for huge pages");
+        }
         Err(error) => tracing::warn!(%error, "some weights stay where their files are mapped"),
     });
 }

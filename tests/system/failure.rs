@@ -157,7 +157,7 @@ async fn answers_do_not_depend_on_where_weights_are() {
     for member in cluster.members() {
         wait_for("weights in huge pages", async || {
             let log = member.process.log();
-            if log.contains("moved into huge pages") { Ok(()) } else { Err(log) }
+            if log.contains("copied for huge pages") { Ok(()) } else { Err(log) }
         })
         .await;
     }

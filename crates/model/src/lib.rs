@@ -15,7 +15,7 @@ mod storage;
 pub mod tune;
 
 pub use backbone::Backbone;
-pub use checkpoint::{Checkpoint, packed::Weights};
+pub use checkpoint::{Checkpoint, memory::huge_bytes, packed::Weights};
 pub use config::ModelConfig;
 pub use expert::Experts;
 pub use gate::Assignments;

@@ -1,7 +1,7 @@
 //! Memory for weights. A matrix is read from its beginning to its end: in pages of 4 KiB one address in 64 lines has to be
 //! looked up anew, in huge pages (2 MiB) nearly none. On some machines that is a third of the time, on others nothing.
 
-use std::{io, ops};
+use std::{fs, io, ops};
 
 use memmap2::{MmapMut, MmapOptions};
 
@@ -53,6 +53,19 @@ fn n_huge(n_bytes: usize) -> usize {
     if n_unused <= n_bytes / UNUSED_PART { n_pages } else { n_bytes / HUGE_BYTES }
 }
 
+/// Bytes of this process in huge pages, of which the system gives fewer than it is asked for where its memory is full of page
+/// cache. Nothing where it does not say.
+#[must_use]
+pub fn huge_bytes() -> Option<u64> {
+    in_huge_pages(&fs::read_to_string("/proc/self/smaps_rollup").ok()?)
+}
+
+fn in_huge_pages(rollup: &str) -> Option<u64> {
+    let n_kib =
+        rollup.lines().find_map(|line| line.strip_prefix("AnonHugePages:"))?.trim().strip_suffix(" kB")?;
+    Some(n_kib.parse::<u64>().ok()? << 10)
+}
+
 impl ops::Deref for Memory {
     type Target = [u8];
 
@@ -86,6 +99,14 @@ mod tests {
         ] {
             assert_eq!(n_huge(n_bytes), pages, "{n_bytes} bytes");
         }
+    }
+
+    #[test]
+    fn huge_pages_are_told_from_others() {
+        let rollup = "5581-7ffd ---p 00000000 00:00 0    [rollup]\nRss:     5120 kB\nAnonHugePages:      4096 kB\nSwap: 0 kB\n";
+        assert_eq!(in_huge_pages(rollup), Some(4 << 20));
+        assert_eq!(in_huge_pages("Rss: 5120 kB\nAnonHugePages: many\n"), None);
+        assert_eq!(in_huge_pages(""), None);
     }
 
     #[test]
