@@ -30,7 +30,7 @@ use half::bf16;
 
 use self::rows::{Biases, GROUP, Group, Quantize, Row, WIDE_ROWS, WideBlock, biases_of, in_group, widen};
 #[cfg(target_arch = "x86_64")]
-use self::rows::{Part, TILE_ROWS, quantize, select};
+use self::rows::{PAIRED_ROWS, Part, TILE_ROWS, quantize, select};
 pub(crate) use self::{
     gated::{Blocks, Gated},
     rows::Rows,
@@ -45,7 +45,7 @@ pub(crate) const BLOCK: usize = 32;
 const SCALES_BYTES: usize = OUTPUTS * 2;
 /// Blocks of a panel that are multiplied with all rows before the next ones are: they stay in the first cache.
 const BLOCKS: usize = 8;
-/// Rows that meet a task's panels before the next ones do, or some more or fewer: they stay in the second cache.
+/// About so many rows meet a task's panels before the next ones do: they stay in the second cache.
 const ROWS_PASS: usize = 128;
 /// Panels whose outputs of a row are stored together: rows are pages apart.
 const PANELS_PASS: usize = 4;
@@ -254,7 +254,7 @@ fn rows_with_two((isa, bits): (Isa, Bits), x: &Rows, first: usize, turns: [Turn<
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     if isa.pairs_panels() && !x.is_few() {
-        return unsafe { avx512::rows_with_panels(bits, x, first, turns) };
+        return unsafe { avx512::rows_with_turns(bits, x, first, turns) };
     }
     turns.into_iter().for_each(|turn| rows_with_panel((isa, bits), x, first, turn));
 }
@@ -262,21 +262,19 @@ fn rows_with_two((isa, bits): (Isa, Bits), x: &Rows, first: usize, turns: [Turn<
 /// The same with one.
 fn rows_with_panel((isa, bits): (Isa, Bits), x: &Rows, first: usize, turn: Turn<'_, '_>) {
     #[cfg(target_arch = "x86_64")]
-    if matches!(isa, Isa::Avx512) || isa.has_tiles() && x.group != TILE_ROWS {
-        #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-        return unsafe { avx512::rows_with_panels(bits, x, first, [turn]) };
-    }
-    let Turn { panel, y, .. } = turn;
-    #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     match isa {
-        Isa::Amx => return unsafe { amx::rows_with_panel(bits, x, first, panel, y) },
-        Isa::Avx2 if !x.wide.is_empty() => {
-            y.fill([0.0; OUTPUTS]);
-            return unsafe { avx2::add_products_wide(bits, x, first, panel, y) };
+        Isa::Amx if x.group == TILE_ROWS => {
+            return unsafe { amx::rows_with_panel(bits, x, first, turn.panel, turn.y) };
         }
-        Isa::Avx512 | Isa::Avx2 | Isa::Baseline => {}
+        Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_turns(bits, x, first, [turn]) },
+        Isa::Avx2 if !x.wide.is_empty() => {
+            turn.y.fill([0.0; OUTPUTS]);
+            return unsafe { avx2::add_products_wide(bits, x, first, turn.panel, turn.y) };
+        }
+        Isa::Avx2 | Isa::Baseline => {}
     }
+    let Turn { panel, y, .. } = turn;
     #[cfg(target_arch = "aarch64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
     match isa {
@@ -362,13 +360,25 @@ fn sums<'a>(
 /// For each output of some int8 panels: Σ weights[row] · max(x[row] · output, 0), in the order of the rows.
 pub(crate) fn sum_of_positive(x: &Rows, weights: &[f32], panels: &[u8], width: usize, sums: &mut [f32]) {
     let isa = Isa::detect();
-    let mut products = vec![[0.0; OUTPUTS]; x.n_rows];
-    for (at, sums) in sums.chunks_mut(OUTPUTS).enumerate() {
-        let panel = Panel::of(Bits::Eight, panels, width, at);
-        rows_with_panel((isa, Bits::Eight), x, 0, Turn { panel, near: Near::FEW_ROWS, y: &mut products });
-        let mut sum = [0.0; OUTPUTS];
-        super::add_positive(&products, weights, &mut sum);
-        sums.copy_from_slice(&sum[..sums.len()]);
+    let (mut of_first, mut of_second) = (vec![[0.0; OUTPUTS]; x.n_rows], vec![[0.0; OUTPUTS]; x.n_rows]);
+    for (pair, sums) in sums.chunks_mut(2 * OUTPUTS).enumerate() {
+        let turn = |at, y| Turn {
+            panel: Panel::of(Bits::Eight, panels, width, 2 * pair + at),
+            near: Near::FEW_ROWS,
+            y,
+        };
+        let n_panels = sums.len().div_ceil(OUTPUTS);
+        let of = (isa, Bits::Eight);
+        if n_panels == 2 {
+            rows_with_two(of, x, 0, [turn(0, &mut of_first), turn(1, &mut of_second)]);
+        } else {
+            rows_with_panel(of, x, 0, turn(0, &mut of_first));
+        }
+        for (products, sums) in [&of_first, &of_second].into_iter().zip(sums.chunks_mut(OUTPUTS)) {
+            let mut sum = [0.0; OUTPUTS];
+            super::add_positive(products, weights, &mut sum);
+            sums.copy_from_slice(&sum[..sums.len()]);
+        }
     }
 }
 

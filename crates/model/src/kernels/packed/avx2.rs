@@ -314,6 +314,11 @@ fn add_wide(
     blocks: Range<usize>,
 ) {
     let of_group = &x.wide[group * x.blocks..][..x.blocks];
+    // A row that is only there to fill the group has no scale.
+    let rows: [_; WIDE_ROWS] = std::array::from_fn(|r| {
+        let row = group * WIDE_ROWS + r;
+        (row < x.n_rows).then(|| x.row(row))
+    });
     for (block, w) in blocks.zip(wide) {
         let mut dots: [Two; WIDE_ROWS] = [[_mm256_setzero_si256(); 2]; WIDE_ROWS];
         for (x, w) in of_group[block].iter().zip(w) {
@@ -331,9 +336,7 @@ fn add_wide(
         }
         let w_scales = scales(panel.scales(block));
         for r in 0..WIDE_ROWS {
-            // A row that is only there to fill the group has no scale.
-            let row = group * WIDE_ROWS + r;
-            let x_scale = if row < x.n_rows { x.row(row).scale(block) } else { 0.0 };
+            let x_scale = rows[r].map_or(0.0, |row| row.scale(block));
             add(&mut y[r], dots[r], w_scales, x_scale);
         }
     }

@@ -3,12 +3,12 @@
 //!
 //! A panel is multiplied with a group of up to eight rows at once, or two panels with up to seven, so that a core loads less than
 //! it multiplies: their sums, which stay in registers from the first block to the last, their dot products and what is
-//! multiplied fit 32 registers.
+//! multiplied fit 32 registers (of int4, but for a few that are stored for a while).
 
 use std::arch::x86_64::*;
 
 use super::{
-    BLOCK, Bits, Group, Line, OUTPUTS, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, Turn,
+    BLOCK, Bits, GROUP, Group, Line, OUTPUTS, PAIRED_ROWS, Part, Quantize, ROUNDER, Rows, SCALES_BYTES, Turn,
     ahead::{self, Ahead},
     gated,
 };
@@ -101,14 +101,17 @@ fn broadcast([a, b, c, d]: [i8; 4]) -> __m512i {
 /// Rows from `first` on times the outputs of some panels, one or two, which share what is loaded of the rows. What is read next
 /// is fetched meanwhile, a little with each block: a panel takes longer to come from memory than a group's products.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-pub(super) fn rows_with_panels<const P: usize>(
+pub(super) fn rows_with_turns<const P: usize>(
     bits: Bits,
     x: &Rows,
     first: usize,
     mut turns: [Turn<'_, '_>; P],
 ) {
     let n_rows = turns[0].y.len();
-    let mut next = turns.each_ref().map(|turn| in_parts(turn.near.next, n_rows.div_ceil(x.group)));
+    // Whole lines a block.
+    let part =
+        |lines: &[Line]| lines.len().div_ceil(n_rows.div_ceil(x.group).max(1)).next_multiple_of(x.blocks);
+    let mut next = turns.each_ref().map(|Turn { near, .. }| near.next.chunks(part(near.next).max(1)));
     for start in (0..n_rows).step_by(x.group) {
         let (x, rows) = (x.group(first + start), start..(start + x.group).min(n_rows));
         let is_cold = start == 0 && turns[0].near.is_cold;
@@ -122,15 +125,12 @@ pub(super) fn rows_with_panels<const P: usize>(
     }
 }
 
-/// Cuts lines into `n` parts of the same length, the last may have less.
-fn in_parts(lines: &[Line], n: usize) -> std::slice::Chunks<'_, Line> {
-    lines.chunks(lines.len().div_ceil(n.max(1)).max(1))
-}
-
 /// True if the sums and dot products of so many rows and panels leave four registers for what is multiplied.
 const fn fits(rows: usize, panels: usize) -> bool {
     2 * rows * panels + 4 <= 32
 }
+
+const _: () = assert!(fits(GROUP, 1) && fits(PAIRED_ROWS, 2));
 
 /// The same with one group. `PAIR` lines are two blocks of a panel, with their scales.
 #[inline]
@@ -171,7 +171,7 @@ fn products<const R: usize, const P: usize, const PAIR: usize, const COLD: bool>
     let x_numbers = x.numbers.as_chunks::<R>().0.as_chunks::<2>().0;
     let x_scales = x.scales.as_chunks::<R>().0.as_chunks::<2>().0;
     let biases = x.biases.as_chunks::<R>().0.as_chunks::<2>().0;
-    let n_next = next[0].len().div_ceil(2 * x_numbers.len().max(1));
+    let n_next = next.map(|next| next.len().div_ceil(2 * x_numbers.len().max(1)));
     for (pair, ((x, x_scales), biases)) in x_numbers.iter().zip(x_scales).zip(biases).enumerate() {
         let mut pairs = [&[[0; 64]; PAIR]; P];
         for p in 0..P {
@@ -179,9 +179,9 @@ fn products<const R: usize, const P: usize, const PAIR: usize, const COLD: bool>
             ask_for::<COLD>(ahead, &pairs[p][0]);
         }
         for half in 0..2 {
-            for next in next {
-                let next = next.as_ptr().wrapping_add((2 * pair + half) * n_next);
-                for at in 0..n_next {
+            for (next, n) in next.iter().zip(n_next) {
+                let next = next.as_ptr().wrapping_add((2 * pair + half) * n);
+                for at in 0..n {
                     ahead::ask_for::<_MM_HINT_T1>(next.wrapping_add(at), 0);
                 }
             }

@@ -76,7 +76,7 @@ impl Gated<'_> {
         let (mut few, mut many) = ([[0.0; OUTPUTS]; GROUP * 2 * PANELS], Vec::new());
         let sums = sums(rows_max * 2 * PANELS, &mut few, &mut many);
         let blocks = to.range.clone();
-        let of_two = |packed, at: usize| {
+        let read = |packed, at: usize| {
             let panel = |at| Panel::of(self.bits, packed, self.width, at);
             let has_next = at + 1 < n_panels.min(blocks.end * PANELS);
             let near = Near {
@@ -97,7 +97,7 @@ impl Gated<'_> {
                         continue;
                     }
                     let turns = [(self.gate, gate), (self.up, up)].map(|(packed, y)| {
-                        let (panel, near) = of_two(packed, at);
+                        let (panel, near) = read(packed, at);
                         Turn { panel, near, y }
                     });
                     rows_with_two((isa, self.bits), self.rows, first, turns);

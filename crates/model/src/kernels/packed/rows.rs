@@ -10,11 +10,9 @@ use super::{avx2, avx512};
 /// Rows whose blocks lie together, and so few of them that they read a matrix as fast as one row.
 pub(super) const GROUP: usize = 8;
 /// Rows of a group where AVX-512 multiplies more than [`GROUP`] with two panels at once: at most.
-const PAIRED_ROWS: usize = 7;
+pub(super) const PAIRED_ROWS: usize = 7;
 /// The same where AMX multiplies more than a group of rows.
 pub(super) const TILE_ROWS: usize = 16;
-// Neither is cut.
-const _: () = assert!(TILE_ROWS.is_multiple_of(GROUP));
 const _: () = assert!(GROUP.is_multiple_of(WIDE_ROWS));
 /// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
 pub(super) const WIDE_FROM: usize = 4;
@@ -270,12 +268,11 @@ impl Rows {
         self.n_rows <= GROUP
     }
 
-    /// Whole groups that meet a task's panels before the next ones do.
-    pub(super) const fn pass_rows(&self) -> usize {
-        if self.n_rows <= ROWS_PASS {
-            return self.n_rows;
-        }
-        self.n_rows.div_ceil(self.n_rows.div_ceil(ROWS_PASS)).next_multiple_of(self.group)
+    /// How many rows meet a task's panels before the next ones do: of several passes each begins with a group.
+    pub(super) fn pass_rows(&self) -> usize {
+        let n_passes = self.n_rows.div_ceil(ROWS_PASS).max(1);
+        let n = self.n_rows.div_ceil(n_passes).next_multiple_of(self.group);
+        n.min(self.n_rows).max(1)
     }
 }
 
@@ -300,7 +297,7 @@ const fn group_rows(isa: Isa, n_rows: usize) -> usize {
     } else if isa.has_tiles() {
         TILE_ROWS
     } else if isa.pairs_panels() {
-        // As many groups as it takes, of about the same length.
+        // As few groups as it takes, and as short as that allows; the last has what is left.
         n_rows.div_ceil(n_rows.div_ceil(PAIRED_ROWS))
     } else {
         GROUP

@@ -9,14 +9,18 @@ fn packed(bits: Bits, w: &[f32], width: usize) -> Vec<u8> {
     packed
 }
 
-/// A number that no kernel writes is none.
+/// By tasks of some panels each, the last panel not whole.
 fn products(isa: Isa, bits: Bits, x: &Rows, packed: &[u8], width: usize) -> Vec<f32> {
-    let panels = packed.len() / bits.panel_bytes(width);
-    let mut y = vec![MaybeUninit::new(f32::NAN); x.n_rows * panels * OUTPUTS];
-    let mut columns = Columns::whole(&mut y, panels * OUTPUTS);
-    rows_with_panels(isa, bits, x, packed, width, 0..panels, &mut columns);
+    let outputs = packed.len() / bits.panel_bytes(width) * OUTPUTS - 5;
+    let mut y = vec![MaybeUninit::new(f32::NAN); x.n_rows * outputs];
+    for mut columns in Columns::split(&mut y, outputs, 3 * OUTPUTS) {
+        let panels = columns.range().start / OUTPUTS..columns.range().end.div_ceil(OUTPUTS);
+        rows_with_panels(isa, bits, x, packed, width, panels, &mut columns);
+    }
     #[expect(unsafe_code, reason = "sound: all were numbers before")]
-    y.into_iter().map(|y| unsafe { y.assume_init() }).collect()
+    let y: Vec<f32> = y.into_iter().map(|y| unsafe { y.assume_init() }).collect();
+    assert!(!y.iter().any(|y| y.is_nan()), "{isa:?} leaves a number as it was");
+    y
 }
 
 /// Of some blocks, and of more than are taken at a time.
@@ -104,30 +108,74 @@ fn the_extremes_do_not_overflow() {
     }
 }
 
-/// More rows than go through at a time.
+/// More rows than go through at a time, and some that do not fill a group or a pass.
 #[test]
 fn many_rows_are_each_as_alone() {
     const WIDTH: usize = 40;
-    let x: Vec<f32> =
-        (0..(2 * ROWS_PASS + 5) * WIDTH).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
-    let w: Vec<f32> = (0..20 * WIDTH).map(|i| ((i * 31) % 100) as f32 / 50.0 - 1.0).collect();
+    const OUTPUTS: usize = 60;
+    const ROWS: usize = 500;
+    let x: Vec<f32> = (0..ROWS * WIDTH).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+    let w: Vec<f32> = (0..OUTPUTS * WIDTH).map(|i| ((i * 31) % 100) as f32 / 50.0 - 1.0).collect();
     for bits in [Bits::Eight, Bits::Four] {
         let packed = packed(bits, &w, WIDTH);
-        let gated = |x: &[f32]| {
-            let rows = &Rows::quantize(x, WIDTH);
-            let gated = Gated { bits, gate: &packed, up: &packed, outputs: 20, rows, width: WIDTH };
-            crate::kernels::gated_beside(&[gated], || ()).1.remove(0)
+        let gated = |isa, x: &[f32]| {
+            let rows = &Rows::quantize_for(isa, x, WIDTH);
+            let gated = Gated { bits, gate: &packed, up: &packed, outputs: OUTPUTS, rows, width: WIDTH };
+            let mut result = gated.result(isa);
+            Blocks::split(&mut result, gated.n_blocks(), 1)
+                .for_each(|mut blocks| gated.compute(isa, &mut blocks));
+            result
         };
-        let together = gated(&x);
-        for (row, x) in x.chunks_exact(WIDTH).enumerate() {
-            let (alone, row) = (gated(x), together.row(row));
-            assert_eq!(alone.row(0).numbers(0), row.numbers(0));
-            assert_eq!(alone.row(0).scale(0).to_bits(), row.scale(0).to_bits());
+        let alone: Vec<_> =
+            x.chunks_exact(WIDTH).map(|x| (matmul(bits, x, &w, WIDTH), gated(Isa::Baseline, x))).collect();
+        // In several tasks.
+        for (y, alone) in matmul(bits, &x, &w, WIDTH).chunks_exact(OUTPUTS).zip(&alone) {
+            assert_eq!(of(y), of(&alone.0));
         }
-        let all = matmul(bits, &x, &w, WIDTH);
-        for (x, y) in x.chunks_exact(WIDTH).zip(all.chunks_exact(20)) {
-            assert_eq!(of(&matmul(bits, x, &w, WIDTH)), of(y));
+        for isa in Isa::all() {
+            for n_rows in [9, 15, 50, 128, 129, 133, 135, 261, ROWS] {
+                let x = &x[..n_rows * WIDTH];
+                let products = products(isa, bits, &Rows::quantize_for(isa, x, WIDTH), &packed, WIDTH);
+                let together = gated(isa, x);
+                let n = products.len() / n_rows;
+                for (row, (y, (alone, of_gated))) in products.chunks_exact(n).zip(&alone).enumerate() {
+                    assert_eq!(
+                        of(&y[..n.min(OUTPUTS)]),
+                        of(&alone[..n.min(OUTPUTS)]),
+                        "{isa:?}, {n_rows} rows"
+                    );
+                    for block in 0..OUTPUTS.div_ceil(BLOCK) {
+                        let (scale, numbers) = together.block(row, block);
+                        let (wanted, wanted_numbers) = of_gated.block(0, block);
+                        assert_eq!((scale.to_bits(), numbers), (wanted.to_bits(), wanted_numbers));
+                    }
+                }
+            }
         }
+    }
+}
+
+#[test]
+fn every_pass_begins_with_a_group() {
+    for isa in Isa::all() {
+        for n_rows in 1..600 {
+            let rows = Rows::zeros(isa, n_rows, BLOCK);
+            let pass = rows.pass_rows();
+            assert!(pass == n_rows || pass.is_multiple_of(rows.group), "{isa:?}: {pass} of {n_rows} rows");
+            assert!(pass <= ROWS_PASS + TILE_ROWS && n_rows.div_ceil(pass) <= n_rows.div_ceil(ROWS_PASS));
+            assert!(rows.group >= GROUP || isa.pairs_panels() && n_rows > GROUP && rows.group <= PAIRED_ROWS);
+        }
+    }
+}
+
+/// As a frame for nobody has, or a batch between two steps.
+#[test]
+fn no_rows_have_no_products() {
+    for bits in [Bits::Eight, Bits::Four] {
+        assert!(matmul(bits, &[], &[1.0; 20 * 40], 40).is_empty());
+        let (rows, packed) = (&Rows::quantize(&[], 40), packed(bits, &[1.0; 20 * 40], 40));
+        let gated = Gated { bits, gate: &packed, up: &packed, outputs: 20, rows, width: 40 };
+        assert_eq!(crate::kernels::gated_beside(&[gated], || ()).1[0].n_rows(), 0);
     }
 }
 
