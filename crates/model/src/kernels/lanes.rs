@@ -14,6 +14,9 @@ pub(crate) const LANES: usize = 16;
 
 /// Sixteen numbers. Only code that is compiled for their instruction set, after it was detected, may make them.
 pub(crate) trait Lanes: Copy {
+    /// What a register has of them, and how many they are.
+    type Part: Copy;
+    const PARTS: usize;
     fn splat(x: f32) -> Self;
     fn load(x: &[f32; LANES]) -> Self;
     fn load_halves(x: &[bf16; LANES]) -> Self;
@@ -28,6 +31,22 @@ pub(crate) trait Lanes: Copy {
     fn mul_add(self, by: Self, sum: Self) -> Self;
     /// The one reduction tree: halves are added until one number is left.
     fn reduce(self) -> f32;
+
+    fn load_part(x: &[f32; LANES], part: usize) -> Self::Part;
+    /// Of bf16 that are [`apart`](Self::apart).
+    fn load_halves_part(x: &[bf16; LANES], part: usize) -> Self::Part;
+    /// Adds `x * by` to a part, rounded once.
+    fn add_part(&mut self, part: usize, x: Self::Part, by: Self::Part);
+    /// In the order in which the parts of bf16 are loaded with the fewest instructions.
+    #[inline(always)]
+    fn apart(self) -> Self {
+        self
+    }
+    /// Back from it.
+    #[inline(always)]
+    fn together(self) -> Self {
+        self
+    }
 }
 
 /// Numbers that begin with a line of the caches: what lies across two of them takes two loads.
@@ -67,6 +86,24 @@ impl ops::DerefMut for Lines {
 pub(super) struct Portable([f32; LANES]);
 
 impl Lanes for Portable {
+    type Part = Self;
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    fn load_part(x: &[f32; LANES], _: usize) -> Self {
+        Self::load(x)
+    }
+
+    #[inline(always)]
+    fn load_halves_part(x: &[bf16; LANES], _: usize) -> Self {
+        Self::load_halves(x)
+    }
+
+    #[inline(always)]
+    fn add_part(&mut self, _: usize, x: Self, by: Self) {
+        *self = x.mul_add(by, *self);
+    }
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         Self([x; LANES])
@@ -106,6 +143,11 @@ impl Lanes for Portable {
     }
 }
 
+/// Numbers at any address.
+#[cfg(target_arch = "x86_64")]
+#[repr(C, packed)]
+struct Unaligned(__m256i);
+
 /// Two registers of AVX2 with FMA.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
@@ -134,6 +176,49 @@ fn reduce_eight(x: __m256) -> f32 {
               line never faults"
 )]
 impl Lanes for Avx2 {
+    type Part = __m256;
+    const PARTS: usize = 2;
+
+    #[inline(always)]
+    fn load_part(x: &[f32; LANES], part: usize) -> __m256 {
+        unsafe { _mm256_loadu_ps(x[8 * part..].as_ptr()) }
+    }
+
+    /// The even ones, or the odd ones. Both are read: a compiler that keeps them from the first part for the second is short of
+    /// a register for six sums, and a product of bf16 takes nearly twice as long.
+    #[inline(always)]
+    fn load_halves_part(x: &[bf16; LANES], part: usize) -> __m256 {
+        unsafe {
+            let pairs = std::ptr::read_volatile(x.as_ptr().cast::<Unaligned>()).0;
+            let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            _mm256_castsi256_ps(if part == 0 { _mm256_slli_epi32::<16>(pairs) } else { odd })
+        }
+    }
+
+    #[inline(always)]
+    fn add_part(&mut self, part: usize, x: __m256, by: __m256) {
+        self.0[part] = unsafe { _mm256_fmadd_ps(x, by, self.0[part]) };
+    }
+
+    #[inline(always)]
+    fn apart(self) -> Self {
+        unsafe {
+            let sorted = |x| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(x)));
+            let even = sorted(_mm256_shuffle_ps::<0b10_00_10_00>(self.0[0], self.0[1]));
+            let odd = sorted(_mm256_shuffle_ps::<0b11_01_11_01>(self.0[0], self.0[1]));
+            Self([even, odd])
+        }
+    }
+
+    #[inline(always)]
+    fn together(self) -> Self {
+        unsafe {
+            let low = _mm256_unpacklo_ps(self.0[0], self.0[1]);
+            let high = _mm256_unpackhi_ps(self.0[0], self.0[1]);
+            Self([_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)])
+        }
+    }
+
     #[inline(always)]
     fn ask_soon<T>(line: *const T) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
@@ -201,6 +286,24 @@ pub(super) struct Avx512(__m512);
               a line never faults"
 )]
 impl Lanes for Avx512 {
+    type Part = Self;
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    fn load_part(x: &[f32; LANES], _: usize) -> Self {
+        Self::load(x)
+    }
+
+    #[inline(always)]
+    fn load_halves_part(x: &[bf16; LANES], _: usize) -> Self {
+        Self::load_halves(x)
+    }
+
+    #[inline(always)]
+    fn add_part(&mut self, _: usize, x: Self, by: Self) {
+        *self = x.mul_add(by, *self);
+    }
+
     #[inline(always)]
     fn ask_soon<T>(line: *const T) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }

@@ -28,6 +28,9 @@ const PASS_BYTES: usize = 512 << 10;
 /// But so many rows at least, if there are: every pass reads the matrix from memory.
 const PASS_ROWS: usize = 32;
 
+/// Vectors between which the next lines are asked for.
+const STRETCH: usize = 16;
+
 /// Numbers of a few rows that meet all outputs of a block before the next ones do: they stay in the first cache.
 const PART: usize = 1024;
 const _: () = assert!(PART.is_multiple_of(LANES));
@@ -37,6 +40,20 @@ pub(crate) trait Weight: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
 
     fn lanes<V: Lanes>(w: &[Self; LANES]) -> V;
+
+    /// One part of them, which are [`apart`](Self::apart).
+    fn part<V: Lanes>(w: &[Self; LANES], part: usize) -> V::Part;
+
+    /// In the order in which a part of such numbers is loaded, and back.
+    #[inline(always)]
+    fn apart<V: Lanes>(lanes: V) -> V {
+        lanes
+    }
+
+    #[inline(always)]
+    fn together<V: Lanes>(lanes: V) -> V {
+        lanes
+    }
 }
 
 impl Weight for f32 {
@@ -48,6 +65,11 @@ impl Weight for f32 {
     #[inline(always)]
     fn lanes<V: Lanes>(w: &[Self; LANES]) -> V {
         V::load(w)
+    }
+
+    #[inline(always)]
+    fn part<V: Lanes>(w: &[Self; LANES], part: usize) -> V::Part {
+        V::load_part(w, part)
     }
 }
 
@@ -62,6 +84,21 @@ impl Weight for bf16 {
     fn lanes<V: Lanes>(w: &[Self; LANES]) -> V {
         V::load_halves(w)
     }
+
+    #[inline(always)]
+    fn part<V: Lanes>(w: &[Self; LANES], part: usize) -> V::Part {
+        V::load_halves_part(w, part)
+    }
+
+    #[inline(always)]
+    fn apart<V: Lanes>(lanes: V) -> V {
+        lanes.apart()
+    }
+
+    #[inline(always)]
+    fn together<V: Lanes>(lanes: V) -> V {
+        lanes.together()
+    }
 }
 
 /// `x` `[rows, width]` times `w` `[outputs, width]` transposed → `y` `[rows, outputs]`.
@@ -69,7 +106,7 @@ pub(crate) fn matmul<W: Weight>(isa: Isa, x: &[f32], w: &[W], width: usize, y: &
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     fn avx2<W: Weight>(x: &[f32], w: &[W], width: usize, y: &mut [f32]) {
-        matmul_with::<Avx2, W, 2, 6, 1>(x, w, width, y);
+        matmul_with::<Avx2, W, 2, 3, 2>(x, w, width, y);
     }
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
@@ -118,7 +155,7 @@ fn matmul_with<V: Lanes, W: Weight, const ALONE: usize, const ROWS: usize, const
         let n_together = (x.len() / width).div_ceil(n_groups);
         packed.clear();
         for x in x.chunks(n_together * width) {
-            pack(x, width, &mut packed);
+            pack::<V, W>(x, width, &mut packed);
         }
         for (block, of_block) in w.chunks(n_block * width).enumerate() {
             let next = &w[block * n_block * width..][of_block.len()..];
@@ -168,9 +205,13 @@ struct Vector([f32; LANES]);
 /// Appends the numbers of a few rows in the order in which [`group`] reads them: sixteen of each row by turns. What is left of
 /// the rows is not among them.
 #[inline(always)]
-fn pack(x: &[f32], width: usize, packed: &mut Vec<Vector>) {
+fn pack<V: Lanes, W: Weight>(x: &[f32], width: usize, packed: &mut Vec<Vector>) {
     for at in 0..width / LANES {
-        packed.extend(x.chunks_exact(width).map(|x| Vector(x.as_chunks().0[at])));
+        for x in x.chunks_exact(width) {
+            let mut vector = Vector([0.0; LANES]);
+            W::apart(V::load(&x.as_chunks().0[at])).store(&mut vector.0);
+            packed.push(vector);
+        }
     }
 }
 
@@ -213,6 +254,9 @@ fn group<V: Lanes, W: Weight, const R: usize, const OUTPUTS: usize>(
                 sums[tile * R..][..R].copy_from_slice(&so_far);
                 continue;
             }
+            for sum in so_far.as_flattened_mut() {
+                *sum = W::together(*sum);
+            }
             let rows = std::array::from_fn(|r| &x[r * width..][..width]);
             let n = OUTPUTS.min(n - at);
             for (r, products) in finish(rows, outputs, so_far).iter().enumerate() {
@@ -237,17 +281,29 @@ fn add_products<V: Lanes, W: Weight, const R: usize, const C: usize>(
 ) {
     // Of its own, so that they stay in registers.
     let mut so_far = *sums;
-    let n_lines = next.len().div_ceil(LINE_BYTES / size_of::<W>());
-    let n_at_once = n_lines.div_ceil(x.len().max(1));
-    let mut next = next.chunks(LINE_BYTES / size_of::<W>());
-    for (at, x) in x.iter().enumerate() {
-        for line in next.by_ref().take(n_at_once) {
+    let mut lines = next.chunks(LINE_BYTES / size_of::<W>());
+    let n_at_once = lines.len().div_ceil(x.len().div_ceil(STRETCH).max(1));
+    for (stretch, x) in x.chunks(STRETCH).enumerate() {
+        for line in lines.by_ref().take(n_at_once) {
             V::ask_later(line.as_ptr());
         }
+        let mut of_stretch: [&[[W; LANES]]; C] = [&[]; C];
         for c in 0..C {
-            let w = W::lanes::<V>(&w[c][at]);
-            for r in 0..R {
-                so_far[r][c] = V::load(&x[r].0).mul_add(w, so_far[r][c]);
+            // Of one length, which the compiler sees: nothing is checked inside the loop.
+            of_stretch[c] = &w[c][stretch * STRETCH..][..x.len()];
+        }
+        for at in 0..x.len() {
+            for part in 0..V::PARTS {
+                let mut of_part = [W::part::<V>(&of_stretch[0][at], part); C];
+                for c in 1..C {
+                    of_part[c] = W::part::<V>(&of_stretch[c][at], part);
+                }
+                for r in 0..R {
+                    let x = V::load_part(&x[at][r].0, part);
+                    for c in 0..C {
+                        so_far[r][c].add_part(part, x, of_part[c]);
+                    }
+                }
             }
         }
     }

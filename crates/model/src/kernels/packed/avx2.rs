@@ -2,14 +2,15 @@
 //!
 //! For a few rows int8 products take |x| and w, signed again, with x's sign: their pairs stay below 2 · 127². int4 numbers are
 //! unsigned as they are stored, and eight of their pairs stay below 8 · 2 · 15 · 127, so that a block is summed in 16 bits.
-//! For more rows a panel's numbers are widened to 16 bits once for all of them: a product and its sum are two instructions
-//! then, where those of signed bytes are four.
+//! For more rows a panel's numbers are laid out once for all of them. int8 becomes 16 bits wide: a product and its sum are two
+//! instructions then, where those of signed bytes are four. int4 becomes bytes, whose product and sum are two instructions for
+//! twice as many numbers.
 
 use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 use super::{
-    BLOCK, BLOCKS, Bits, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES, WIDE_ROWS,
-    ahead::Ahead, gated,
+    BLOCK, BLOCKS, Biases, Bits, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES,
+    WIDE_ROWS, ahead::Ahead, gated,
 };
 
 #[target_feature(enable = "avx2,fma")]
@@ -171,79 +172,123 @@ pub(super) fn add_products_4<const R: usize>(
     y: &mut [[f32; OUTPUTS]; R],
 ) {
     let ahead = Ahead::avx2();
-    let ones = _mm256_set1_epi16(1);
-    let low_halves = _mm256_set1_epi8(0x0f);
     for block in blocks {
         ask_for_scales(ahead, panel, block);
+        let numbers = x.map(|x| *x.numbers(block));
         let mut pairs: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
         for (at, run) in panel.block(block).iter().enumerate() {
             ahead.ask_for(run);
-            let (halves, _) = run.as_chunks::<32>();
-            let w = [load(&halves[0]), load(&halves[1])];
-            let w = [
-                [_mm256_and_si256(w[0], low_halves), _mm256_and_si256(w[1], low_halves)],
-                [
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(w[0]), low_halves),
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(w[1]), low_halves),
-                ],
-            ];
-            for part in 0..2 {
-                for r in 0..R {
-                    let (steps, _) = x[r].numbers(block).as_chunks::<4>();
-                    let x = broadcast(steps[(2 * at + part) % STEPS]);
-                    for half in 0..2 {
-                        let products = _mm256_maddubs_epi16(w[part][half], x);
-                        pairs[r][half] = _mm256_add_epi16(pairs[r][half], products);
-                    }
-                }
+            for (part, w) in unsigned_4(run).into_iter().enumerate() {
+                add_pairs(&mut pairs, &numbers, 2 * at + part, w);
             }
         }
         let w_scales = scales(panel.scales(block));
         for r in 0..R {
-            let bias = _mm256_set1_epi32(x[r].biases(block)[1]);
-            let dots = [
-                _mm256_add_epi32(_mm256_madd_epi16(pairs[r][0], ones), bias),
-                _mm256_add_epi32(_mm256_madd_epi16(pairs[r][1], ones), bias),
-            ];
-            add(&mut y[r], dots, w_scales, x[r].scale(block));
+            add(&mut y[r], dots_4(pairs[r], x[r].biases(block)), w_scales, x[r].scale(block));
         }
     }
 }
 
-/// One block of a panel in 16 bits: for each pair of elements both halves of the outputs. There from when it is widened:
-/// clearing it first took 3 % of a step of 16 rows.
-type Wide = [MaybeUninit<Two>; BLOCK / 2];
+/// A line's numbers as bytes that are 8 too large: its low halves, and its high ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn unsigned_4(line: &[u8; 64]) -> [Two; 2] {
+    let low_halves = _mm256_set1_epi8(0x0f);
+    let (halves, _) = line.as_chunks::<32>();
+    let w = [load(&halves[0]), load(&halves[1])];
+    [
+        [_mm256_and_si256(w[0], low_halves), _mm256_and_si256(w[1], low_halves)],
+        [
+            _mm256_and_si256(_mm256_srli_epi16::<4>(w[0]), low_halves),
+            _mm256_and_si256(_mm256_srli_epi16::<4>(w[1]), low_halves),
+        ],
+    ]
+}
 
-/// Adds the products of [`WIDE_FROM`](super::WIDE_FROM) or more rows with a whole panel to `y`.
+/// Adds the products of four neighbouring numbers of each row and output, two and two, in 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_pairs<const R: usize>(pairs: &mut [Two; R], x: &[[i8; BLOCK]; R], step: usize, w: Two) {
+    for r in 0..R {
+        let x = broadcast(x[r].as_chunks::<4>().0[step % STEPS]);
+        for half in 0..2 {
+            pairs[r][half] = _mm256_add_epi16(pairs[r][half], _mm256_maddubs_epi16(w[half], x));
+        }
+    }
+}
+
+/// Of a block's sums of unsigned int4.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dots_4(pairs: Two, [_, bias]: Biases) -> Two {
+    let (ones, bias) = (_mm256_set1_epi16(1), _mm256_set1_epi32(bias));
+    [
+        _mm256_add_epi32(_mm256_madd_epi16(pairs[0], ones), bias),
+        _mm256_add_epi32(_mm256_madd_epi16(pairs[1], ones), bias),
+    ]
+}
+
+/// One block of a panel as it meets many rows: pairs of 16 bits of int8, four bytes of int4, of both halves of the outputs.
+/// There from when it is laid out: clearing it first took 3 % of a step of 16 rows.
+type LaidOut = [MaybeUninit<Two>; BLOCK / 2];
+
+/// [`WIDE_FROM`](super::WIDE_FROM) or more rows of `x` from `first` on, the first of a group, times the outputs of a panel.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn add_products_wide(
+pub(super) fn rows_with_panel(
     bits: Bits,
     x: &Rows,
-    first_row: usize,
+    first: usize,
     panel: Panel<'_>,
     y: &mut [[f32; OUTPUTS]],
 ) {
+    match bits {
+        Bits::Eight => many_rows::<false>(x, first, panel, y),
+        Bits::Four => many_rows::<true>(x, first, panel, y),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn many_rows<const IS_FOUR: bool>(x: &Rows, first: usize, panel: Panel<'_>, y: &mut [[f32; OUTPUTS]]) {
     let ahead = Ahead::avx2();
-    let mut wide: [Wide; BLOCKS] = [[MaybeUninit::uninit(); BLOCK / 2]; BLOCKS];
-    let (groups, rest) = y.as_chunks_mut::<WIDE_ROWS>();
-    let mut padded = [[0.0; OUTPUTS]; WIDE_ROWS];
-    for first in (0..x.blocks).step_by(BLOCKS) {
-        let blocks = first..(first + BLOCKS).min(x.blocks);
-        for (block, wide) in blocks.clone().zip(&mut wide) {
+    y.fill([0.0; OUTPUTS]);
+    let mut laid_out: [LaidOut; BLOCKS] = [[MaybeUninit::uninit(); BLOCK / 2]; BLOCKS];
+    for start in (0..x.blocks).step_by(BLOCKS) {
+        let blocks = start..(start + BLOCKS).min(x.blocks);
+        for (block, laid_out) in blocks.clone().zip(&mut laid_out) {
             ask_for_scales(ahead, panel, block);
-            match bits {
-                Bits::Eight => widen_8(panel.block(block), ahead, wide),
-                Bits::Four => widen_4(panel.block(block), ahead, wide),
+            lay_out::<IS_FOUR>(panel.block(block), ahead, laid_out);
+        }
+        for (group, y) in y.chunks_mut(WIDE_ROWS).enumerate() {
+            let of = (x, first + group * WIDE_ROWS, panel);
+            match y.len() {
+                1 => group_with_blocks::<1, IS_FOUR>(of, blocks.clone(), &laid_out, y),
+                2 => group_with_blocks::<2, IS_FOUR>(of, blocks.clone(), &laid_out, y),
+                3 => group_with_blocks::<3, IS_FOUR>(of, blocks.clone(), &laid_out, y),
+                _ => group_with_blocks::<4, IS_FOUR>(of, blocks.clone(), &laid_out, y),
             }
         }
-        for (group, y) in groups.iter_mut().enumerate() {
-            add_wide(x, first_row / WIDE_ROWS + group, y, &wide, panel, blocks.clone());
-        }
-        if !rest.is_empty() {
-            add_wide(x, first_row / WIDE_ROWS + groups.len(), &mut padded, &wide, panel, blocks);
-        }
     }
-    rest.copy_from_slice(&padded[..rest.len()]);
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lay_out<const IS_FOUR: bool>(block: &[Line], ahead: Ahead, to: &mut LaidOut) {
+    let flip = _mm256_set1_epi8(-128);
+    let (to, _) = to[..2 * block.len()].as_chunks_mut::<2>();
+    for (line, to) in block.iter().zip(to) {
+        ahead.ask_for(line);
+        let [low, high] = if IS_FOUR {
+            unsigned_4(line)
+        } else {
+            let (halves, _) = line.as_chunks::<32>();
+            let first = widen(_mm256_xor_si256(load(&halves[0]), flip));
+            let second = widen(_mm256_xor_si256(load(&halves[1]), flip));
+            [[first[0], second[0]], [first[1], second[1]]]
+        };
+        to[0].write(low);
+        to[1].write(high);
+    }
 }
 
 /// Bytes of eight outputs, four of each → pairs of 16 bits of all eight: of elements 0 and 1, and of 2 and 3.
@@ -261,83 +306,50 @@ fn widen(bytes: __m256i) -> Two {
     ]
 }
 
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen_8(block: &[[u8; 64]], ahead: Ahead, wide: &mut Wide) {
-    let flip = _mm256_set1_epi8(-128);
-    assert_eq!(block.len() * 2, wide.len(), "a block of int8");
-    for (run, wide) in block.iter().zip(wide.as_chunks_mut::<2>().0) {
-        ahead.ask_for(run);
-        let (halves, _) = run.as_chunks::<32>();
-        let low = widen(_mm256_xor_si256(load(&halves[0]), flip));
-        let high = widen(_mm256_xor_si256(load(&halves[1]), flip));
-        wide[0].write([low[0], high[0]]);
-        wide[1].write([low[1], high[1]]);
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen_4(block: &[[u8; 64]], ahead: Ahead, wide: &mut Wide) {
-    let low_halves = _mm256_set1_epi8(0x0f);
-    let eight = _mm256_set1_epi8(8);
-    assert_eq!(block.len() * 4, wide.len(), "a block of int4");
-    for (run, wide) in block.iter().zip(wide.as_chunks_mut::<4>().0) {
-        ahead.ask_for(run);
-        let (halves, _) = run.as_chunks::<32>();
-        let mut pairs: [Two; 4] = [[_mm256_setzero_si256(); 2]; 4];
-        for half in 0..2 {
-            let bytes = load(&halves[half]);
-            let low = widen(_mm256_sub_epi8(_mm256_and_si256(bytes, low_halves), eight));
-            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low_halves);
-            let high = widen(_mm256_sub_epi8(high, eight));
-            for pair in 0..2 {
-                pairs[pair][half] = low[pair];
-                pairs[2 + pair][half] = high[pair];
-            }
-        }
-        for (wide, pair) in wide.iter_mut().zip(pairs) {
-            wide.write(pair);
-        }
-    }
-}
-
 /// Adds the products of some blocks to the sums of a group of rows.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add_wide(
-    x: &Rows,
-    group: usize,
-    y: &mut [[f32; OUTPUTS]; WIDE_ROWS],
-    wide: &[Wide; BLOCKS],
-    panel: Panel<'_>,
+fn group_with_blocks<const R: usize, const IS_FOUR: bool>(
+    (x, first, panel): (&Rows, usize, Panel<'_>),
     blocks: Range<usize>,
+    laid_out: &[LaidOut; BLOCKS],
+    y: &mut [[f32; OUTPUTS]],
 ) {
-    let of_group = &x.wide[group * x.blocks..][..x.blocks];
-    // A row that is only there to fill the group has no scale.
-    let rows: [_; WIDE_ROWS] = std::array::from_fn(|r| {
-        let row = group * WIDE_ROWS + r;
-        (row < x.n_rows).then(|| x.row(row))
-    });
-    for (block, w) in blocks.zip(wide) {
-        let mut dots: [Two; WIDE_ROWS] = [[_mm256_setzero_si256(); 2]; WIDE_ROWS];
-        for (x, w) in of_group[block].iter().zip(w) {
-            #[expect(
-                unsafe_code,
-                reason = "sound: both ways of widening fill all pairs of each of these blocks"
-            )]
-            let w = unsafe { w.assume_init_ref() };
-            for r in 0..WIDE_ROWS {
-                let x = _mm256_set1_epi32(x[r]);
-                for half in 0..2 {
-                    dots[r][half] = _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(x, w[half]));
+    let group = x.group(first);
+    let numbers = &group.numbers.as_chunks::<R>().0[blocks.clone()];
+    let scales = &group.scales.as_chunks::<R>().0[blocks.clone()];
+    let biases = &group.biases.as_chunks::<R>().0[blocks.clone()];
+    let wide = &x.wide[first / WIDE_ROWS * x.blocks..][blocks.clone()];
+    let of_blocks = numbers.iter().zip(wide).zip(scales).zip(biases);
+    for ((block, (((numbers, wide), x_scales), biases)), w) in blocks.zip(of_blocks).zip(laid_out) {
+        // As many as there are: see `Panel`.
+        #[expect(unsafe_code, reason = "sound: a block's lines were laid out, two for each")]
+        let w = unsafe { w[..2 * panel.block_lines].assume_init_ref() };
+        let mut dots: [Two; R] = [[_mm256_setzero_si256(); 2]; R];
+        if IS_FOUR {
+            for (at, w) in w.as_chunks::<2>().0.iter().enumerate() {
+                add_pairs(&mut dots, numbers, 2 * at, w[0]);
+                add_pairs(&mut dots, numbers, 2 * at + 1, w[1]);
+            }
+            for r in 0..R {
+                dots[r] = dots_4(dots[r], biases[r]);
+            }
+        } else {
+            for (x, w) in wide.as_chunks::<2>().0.iter().zip(w.as_chunks::<2>().0) {
+                for at in 0..2 {
+                    for r in 0..R {
+                        let x = _mm256_set1_epi32(x[at][r]);
+                        for half in 0..2 {
+                            dots[r][half] =
+                                _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(x, w[at][half]));
+                        }
+                    }
                 }
             }
         }
-        let w_scales = scales(panel.scales(block));
-        for r in 0..WIDE_ROWS {
-            let x_scale = rows[r].map_or(0.0, |row| row.scale(block));
-            add(&mut y[r], dots[r], w_scales, x_scale);
+        let w_scales = self::scales(panel.scales(block));
+        for r in 0..R {
+            add(&mut y[r], dots[r], w_scales, x_scales[r]);
         }
     }
 }

@@ -13,10 +13,9 @@ pub(super) const GROUP: usize = 8;
 pub(super) const PAIRED_ROWS: usize = 7;
 /// The same where AMX multiplies more than a group of rows.
 pub(super) const TILE_ROWS: usize = 16;
-const _: () = assert!(GROUP.is_multiple_of(WIDE_ROWS));
-/// Rows from which AVX2 widens a matrix's numbers to 16 bits once for all of them.
+/// Rows from which AVX2 lays a matrix's numbers out once for all of them.
 pub(super) const WIDE_FROM: usize = 4;
-/// Rows that it multiplies at once.
+/// Rows that it multiplies at once, which are its groups.
 pub(super) const WIDE_ROWS: usize = 4;
 
 /// What quantizing a block takes. Only code that is compiled for its instruction set, after it was detected, may use it.
@@ -42,8 +41,8 @@ pub(super) trait Quantize {
 }
 
 /// Rows `[rows, width]` as int8 with a scale for each block; what is missing of the last two is zeros. In the order in which a
-/// kernel reads them: groups of up to eight rows (the last has what is left) or of a tile's sixteen (the last is filled up with
-/// zeros), in a group block after block, in a block row after row.
+/// kernel reads them: groups of up to eight rows, four with AVX2 (the last has what is left), or of a tile's sixteen (the last is
+/// filled up with zeros), in a group block after block, in a block row after row.
 #[derive(Debug)]
 pub(crate) struct Rows {
     pub(super) n_rows: usize,
@@ -55,14 +54,14 @@ pub(crate) struct Rows {
     pub(super) scales: Vec<f32>,
     /// What a block's dot product begins with where a matrix's numbers are read as unsigned.
     pub(super) biases: Vec<Biases>,
-    /// `[groups of rows, blocks]`: the numbers once more where AVX2 multiplies [`WIDE_FROM`] rows.
+    /// `[groups, blocks]`: the numbers once more where AVX2 multiplies [`WIDE_FROM`] rows.
     pub(super) wide: Vec<WideBlock>,
 }
 
 /// The sum of a block's numbers times what makes a matrix's numbers unsigned: −128 for int8, −8 for int4.
 pub(super) type Biases = [i32; 2];
 
-/// One block of four rows: pairs of neighbouring numbers in 16 bits each. Rows that are not there are zeros.
+/// One block of a group: pairs of neighbouring numbers in 16 bits each. Rows that are not there are zeros.
 pub(super) type WideBlock = [[i32; WIDE_ROWS]; BLOCK / 2];
 
 /// A group of [`Rows`], `[blocks, rows]` each.
@@ -129,7 +128,7 @@ impl Rows {
     ) -> Self {
         let mut rows = Self::zeros(isa, x.len() / width, width);
         let (blocks, group) = (rows.blocks, rows.group);
-        let mut wide = rows.wide.chunks_mut(group / WIDE_ROWS * blocks);
+        let mut wide = rows.wide.chunks_mut(blocks);
         // A group a task: 16 rows are worth two threads.
         let parts = x
             .chunks(group * width)
@@ -165,7 +164,7 @@ impl Rows {
     ) -> Self {
         let mut rows = Self::zeros(isa, n_rows, width);
         let Self { n_places, group, blocks, .. } = rows;
-        let mut wide = rows.wide.chunks_mut(group / WIDE_ROWS * blocks);
+        let mut wide = rows.wide.chunks_mut(blocks);
         let parts = rows
             .numbers
             .chunks_mut(group * blocks)
@@ -190,7 +189,7 @@ impl Rows {
                     scales[at] = scale;
                     biases[at] = biases_of(numbers[at].iter().map(|&number| i32::from(number)).sum());
                     if !wide.is_empty() {
-                        widen(&numbers[at], row, &mut wide[row / WIDE_ROWS * blocks + of_row]);
+                        widen(&numbers[at], row, &mut wide[of_row]);
                     }
                 }
             }
@@ -292,7 +291,9 @@ impl<'a> Row<'a> {
 
 /// Of so many rows, those that lie together.
 const fn group_rows(isa: Isa, n_rows: usize) -> usize {
-    if n_rows <= GROUP {
+    if isa.widens() {
+        WIDE_ROWS
+    } else if n_rows <= GROUP {
         GROUP
     } else if isa.has_tiles() {
         TILE_ROWS
@@ -349,7 +350,7 @@ pub(super) fn quantize<Q: Quantize>(part: Part<'_>) {
                 biases[at] = biases_of(sum);
                 if !wide.is_empty() {
                     let row = group * group_rows + row;
-                    widen(&numbers[at], row, &mut wide[row / WIDE_ROWS * blocks + block]);
+                    widen(&numbers[at], row, &mut wide[block]);
                 }
             }
         }

@@ -163,7 +163,13 @@ fn every_pass_begins_with_a_group() {
             let pass = rows.pass_rows();
             assert!(pass == n_rows || pass.is_multiple_of(rows.group), "{isa:?}: {pass} of {n_rows} rows");
             assert!(pass <= ROWS_PASS + TILE_ROWS && n_rows.div_ceil(pass) <= n_rows.div_ceil(ROWS_PASS));
-            assert!(rows.group >= GROUP || isa.pairs_panels() && n_rows > GROUP && rows.group <= PAIRED_ROWS);
+            if isa.widens() {
+                assert_eq!(rows.group, WIDE_ROWS);
+            } else if isa.pairs_panels() && n_rows > GROUP {
+                assert!(rows.group <= PAIRED_ROWS);
+            } else {
+                assert!(rows.group >= GROUP);
+            }
         }
     }
 }
