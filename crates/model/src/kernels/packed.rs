@@ -47,6 +47,8 @@ const SCALES_BYTES: usize = OUTPUTS * 2;
 const BLOCKS: usize = 16;
 /// About so many rows meet a task's panels before the next ones do: they stay in the second cache.
 const ROWS_PASS: usize = 128;
+/// Rows that kernels without groups of them multiply at once.
+const ROWS_AT_ONCE: usize = 4;
 /// Panels whose outputs of a row are stored together: rows are pages apart.
 const PANELS_PASS: usize = 4;
 
@@ -227,14 +229,14 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Adds the products of some rows with some blocks of a panel to `y`, block after block.
+/// Adds the products of some rows with some blocks of a panel to `y`, one a row, block after block.
 fn add_products<const R: usize>(
     isa: Isa,
     bits: Bits,
     x: [Row<'_>; R],
     panel: Panel<'_>,
     blocks: Range<usize>,
-    y: &mut [[f32; OUTPUTS]; R],
+    y: &mut [[f32; OUTPUTS]],
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -268,7 +270,7 @@ fn rows_with_panel((isa, bits): (Isa, Bits), x: &Rows, first: usize, turn: Turn<
             return unsafe { amx::rows_with_panel(bits, x, first, turn.panel, turn.y) };
         }
         Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_turns(bits, x, first, [turn]) },
-        Isa::Avx2 if !x.wide.is_empty() => {
+        Isa::Avx2 if avx2::are_many(bits, x.n_rows) => {
             return unsafe { avx2::rows_with_panel(bits, x, first, turn.panel, turn.y) };
         }
         Isa::Avx2 | Isa::Baseline => {}
@@ -284,14 +286,20 @@ fn rows_with_panel((isa, bits): (Isa, Bits), x: &Rows, first: usize, turn: Turn<
     let n_blocks = panel.n_blocks();
     for start in (0..n_blocks).step_by(BLOCKS) {
         let blocks = start..(start + BLOCKS).min(n_blocks);
-        let last_row = first + y.len() - 1;
-        let (pairs, last) = y.as_chunks_mut::<2>();
-        for (at, y) in pairs.iter_mut().enumerate() {
-            let x = [x.row(first + 2 * at), x.row(first + 2 * at + 1)];
-            add_products(isa, bits, x, panel, blocks.clone(), y);
-        }
-        if let [y] = last {
-            add_products(isa, bits, [x.row(last_row)], panel, blocks, std::array::from_mut(y));
+        for (at, y) in y.chunks_mut(ROWS_AT_ONCE).enumerate() {
+            let first = first + ROWS_AT_ONCE * at;
+            macro_rules! add_products_of {
+                ($($n:literal)*) => {
+                    match y.len() {
+                        $($n => {
+                            let x: [Row<'_>; $n] = std::array::from_fn(|r| x.row(first + r));
+                            add_products(isa, bits, x, panel, blocks.clone(), y);
+                        })*
+                        n => unreachable!("{n} rows at once"),
+                    }
+                };
+            }
+            add_products_of!(1 2 3 4);
         }
     }
 }

@@ -2,15 +2,15 @@
 //!
 //! For a few rows int8 products take |x| and w, signed again, with x's sign: their pairs stay below 2 · 127². int4 numbers are
 //! unsigned as they are stored, and eight of their pairs stay below 8 · 2 · 15 · 127, so that a block is summed in 16 bits.
-//! For more rows a panel's numbers are laid out once for all of them. int8 becomes 16 bits wide: a product and its sum are two
-//! instructions then, where those of signed bytes are four. int4 becomes bytes, whose product and sum are two instructions for
-//! twice as many numbers.
+//! For more rows a panel's numbers are laid out once for all of them. int8 becomes 16 bits wide: sixteen products and their sums
+//! are two instructions then, and no sign is moved. int4 becomes bytes, whose products and sums are two instructions for
+//! thirty-two.
 
 use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 use super::{
-    BLOCK, BLOCKS, Biases, Bits, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES,
-    WIDE_ROWS, ahead::Ahead, gated,
+    BLOCK, BLOCKS, Biases, Bits, GROUP, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows,
+    SCALES_BYTES, WIDE_ROWS, ahead::Ahead, gated,
 };
 
 #[target_feature(enable = "avx2,fma")]
@@ -135,7 +135,7 @@ pub(super) fn add_products_8<const R: usize>(
     x: [Row<'_>; R],
     panel: Panel<'_>,
     blocks: Range<usize>,
-    y: &mut [[f32; OUTPUTS]; R],
+    y: &mut [[f32; OUTPUTS]],
 ) {
     let ahead = Ahead::avx2();
     let ones = _mm256_set1_epi16(1);
@@ -169,7 +169,7 @@ pub(super) fn add_products_4<const R: usize>(
     x: [Row<'_>; R],
     panel: Panel<'_>,
     blocks: Range<usize>,
-    y: &mut [[f32; OUTPUTS]; R],
+    y: &mut [[f32; OUTPUTS]],
 ) {
     let ahead = Ahead::avx2();
     for block in blocks {
@@ -232,7 +232,16 @@ fn dots_4(pairs: Two, [_, bias]: Biases) -> Two {
 /// There from when it is laid out: clearing it first took 3 % of a step of 16 rows.
 type LaidOut = [MaybeUninit<Two>; BLOCK / 2];
 
-/// [`WIDE_FROM`](super::WIDE_FROM) or more rows of `x` from `first` on, the first of a group, times the outputs of a panel.
+/// True of so many rows that it pays to lay a panel out for them.
+pub(super) const fn are_many(bits: Bits, n_rows: usize) -> bool {
+    n_rows
+        > match bits {
+            Bits::Eight => GROUP,
+            Bits::Four => 3,
+        }
+}
+
+/// [Many](are_many) rows of `x` from `first` on, the first of a group, times the outputs of a panel.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn rows_with_panel(
     bits: Bits,
@@ -319,9 +328,9 @@ fn group_with_blocks<const R: usize, const IS_FOUR: bool>(
     let numbers = &group.numbers.as_chunks::<R>().0[blocks.clone()];
     let scales = &group.scales.as_chunks::<R>().0[blocks.clone()];
     let biases = &group.biases.as_chunks::<R>().0[blocks.clone()];
-    let wide = &x.wide[first / WIDE_ROWS * x.blocks..][blocks.clone()];
-    let of_blocks = numbers.iter().zip(wide).zip(scales).zip(biases);
-    for ((block, (((numbers, wide), x_scales), biases)), w) in blocks.zip(of_blocks).zip(laid_out) {
+    let wide = if IS_FOUR { &[] } else { &x.wide[first / WIDE_ROWS * x.blocks..][blocks.clone()] };
+    let of_blocks = numbers.iter().zip(scales).zip(biases).zip(laid_out);
+    for (at, (block, (((numbers, x_scales), biases), w))) in blocks.zip(of_blocks).enumerate() {
         // As many as there are: see `Panel`.
         #[expect(unsafe_code, reason = "sound: a block's lines were laid out, two for each")]
         let w = unsafe { w[..2 * panel.block_lines].assume_init_ref() };
@@ -335,13 +344,12 @@ fn group_with_blocks<const R: usize, const IS_FOUR: bool>(
                 dots[r] = dots_4(dots[r], biases[r]);
             }
         } else {
-            for (x, w) in wide.as_chunks::<2>().0.iter().zip(w.as_chunks::<2>().0) {
-                for at in 0..2 {
+            for (x, w) in wide[at].as_chunks::<2>().0.iter().zip(w.as_chunks::<2>().0) {
+                for (x, w) in x.iter().zip(w) {
                     for r in 0..R {
-                        let x = _mm256_set1_epi32(x[at][r]);
+                        let x = _mm256_set1_epi32(x[r]);
                         for half in 0..2 {
-                            dots[r][half] =
-                                _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(x, w[at][half]));
+                            dots[r][half] = _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(x, w[half]));
                         }
                     }
                 }

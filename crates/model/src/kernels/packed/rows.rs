@@ -13,9 +13,7 @@ pub(super) const GROUP: usize = 8;
 pub(super) const PAIRED_ROWS: usize = 7;
 /// The same where AMX multiplies more than a group of rows.
 pub(super) const TILE_ROWS: usize = 16;
-/// Rows from which AVX2 lays a matrix's numbers out once for all of them.
-pub(super) const WIDE_FROM: usize = 4;
-/// Rows that it multiplies at once, which are its groups.
+/// Rows of a group with AVX2, which multiplies so many at once.
 pub(super) const WIDE_ROWS: usize = 4;
 
 /// What quantizing a block takes. Only code that is compiled for its instruction set, after it was detected, may use it.
@@ -54,7 +52,7 @@ pub(crate) struct Rows {
     pub(super) scales: Vec<f32>,
     /// What a block's dot product begins with where a matrix's numbers are read as unsigned.
     pub(super) biases: Vec<Biases>,
-    /// `[groups, blocks]`: the numbers once more where AVX2 multiplies [`WIDE_FROM`] rows.
+    /// `[groups, blocks]`: the numbers once more where AVX2 multiplies more than [`GROUP`] rows.
     pub(super) wide: Vec<WideBlock>,
 }
 
@@ -228,7 +226,7 @@ impl Rows {
         let group = group_rows(isa, n_rows);
         let n_places = if group == TILE_ROWS { n_rows.next_multiple_of(TILE_ROWS) } else { n_rows };
         let n = n_places * blocks;
-        let groups = if isa.widens() && n_rows >= WIDE_FROM { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
+        let groups = if isa.widens() && n_rows > GROUP { n_rows.div_ceil(WIDE_ROWS) } else { 0 };
         Self {
             n_rows,
             n_places,

@@ -40,7 +40,7 @@ pub(super) fn add_products<const R: usize>(
     x: [Row<'_>; R],
     panel: Panel<'_>,
     blocks: Range<usize>,
-    y: &mut [[f32; OUTPUTS]; R],
+    y: &mut [[f32; OUTPUTS]],
 ) {
     for block in blocks {
         let numbers = panel.block(block);
