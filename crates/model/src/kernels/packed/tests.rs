@@ -108,10 +108,10 @@ fn the_extremes_do_not_overflow() {
     }
 }
 
-/// More rows than go through at a time, and some that do not fill a group or a pass.
+/// More rows and blocks than go through at a time, and some that do not fill a group, a pass or a turn.
 #[test]
 fn many_rows_are_each_as_alone() {
-    const WIDTH: usize = 40;
+    const WIDTH: usize = (BLOCKS + 3) * BLOCK - 20;
     const OUTPUTS: usize = 60;
     const ROWS: usize = 500;
     let x: Vec<f32> = (0..ROWS * WIDTH).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
@@ -133,7 +133,7 @@ fn many_rows_are_each_as_alone() {
             assert_eq!(of(y), of(&alone.0));
         }
         for isa in Isa::all() {
-            for n_rows in [9, 15, 50, 128, 129, 133, 135, 261, ROWS] {
+            for n_rows in [2, 3, 4, 5, 6, 7, 8, 9, 15, 50, 128, 129, 133, 135, 261, ROWS] {
                 let x = &x[..n_rows * WIDTH];
                 let products = products(isa, bits, &Rows::quantize_for(isa, x, WIDTH), &packed, WIDTH);
                 let together = gated(isa, x);
