@@ -125,7 +125,7 @@ impl Isa {
         }
     }
 
-    /// True if it multiplies many rows from numbers of 16 bits.
+    /// True if rows lie in groups of four, and many of them meet int8 in 16 bits.
     #[cfg(target_arch = "x86_64")]
     pub(crate) const fn widens(self) -> bool {
         matches!(self, Self::Avx2)

@@ -66,10 +66,13 @@ pub fn kernels(elapsed: &dyn Fn() -> Duration, huge_pages: bool) -> Result<Vec<F
         |run: &(dyn Fn() -> usize + Sync)| threads::run(n_threads, &|_| _ = black_box(run()));
     let work_of = |run: &dyn Fn() -> usize| (2 * run() * n_threads) as f64;
     let multiply_i8 = || black_box(limits::multiply_i8(black_box(1))).0;
+    let multiply_i4 = || black_box(limits::multiply_i4(black_box(1))).0;
     let multiply_f32 = || black_box(limits::multiply_f32(black_box(1.0))).0;
-    let (limit_i8, limit_f32) = (|| on_all_threads(&multiply_i8), || on_all_threads(&multiply_f32));
+    let (limit_i8, limit_i4) = (|| on_all_threads(&multiply_i8), || on_all_threads(&multiply_i4));
+    let limit_f32 = || on_all_threads(&multiply_f32);
     let bytes: Run<'_> = (MEMORY_BYTES as f64, &read);
     let int8: Run<'_> = (work_of(&multiply_i8), &limit_i8);
+    let int4: Run<'_> = (work_of(&multiply_i4), &limit_i4);
     let f32: Run<'_> = (work_of(&multiply_f32), &limit_f32);
     let mut figures = Vec::new();
     let mut compare = |name: String, unit, kernel: Run<'_>, limit: Run<'_>| {
@@ -108,7 +111,8 @@ pub fn kernels(elapsed: &dyn Fn() -> Duration, huge_pages: bool) -> Result<Vec<F
                 let factors = Factors::Packed(&rows, bits, &memory[..n_bytes]);
                 black_box(products(&[Product { width: WIDTH, outputs: OUTPUTS, factors }]));
             };
-            compare(format!("{name}, {n_rows} rows"), "GOP/s", (work, &run), int8);
+            let limit = if bits == Bits::Four { int4 } else { int8 };
+            compare(format!("{name}, {n_rows} rows"), "GOP/s", (work, &run), limit);
         }
         let run = || {
             let factors = Factors::Bf16(&x, &halves[..OUTPUTS * WIDTH]);

@@ -33,7 +33,7 @@ pub(crate) trait Lanes: Copy {
     fn reduce(self) -> f32;
 
     fn load_part(x: &[f32; LANES], part: usize) -> Self::Part;
-    /// Of bf16 that are [`apart`](Self::apart).
+    /// In the order of [`apart`](Self::apart).
     fn load_halves_part(x: &[bf16; LANES], part: usize) -> Self::Part;
     /// Adds `x * by` to a part, rounded once.
     fn add_part(&mut self, part: usize, x: Self::Part, by: Self::Part);

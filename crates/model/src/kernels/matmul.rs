@@ -28,7 +28,7 @@ const PASS_BYTES: usize = 512 << 10;
 /// But so many rows at least, if there are: every pass reads the matrix from memory.
 const PASS_ROWS: usize = 32;
 
-/// Vectors between which the next lines are asked for.
+/// So many vectors at most lie between the next lines that are asked for.
 const STRETCH: usize = 16;
 
 /// Numbers of a few rows that meet all outputs of a block before the next ones do: they stay in the first cache.
@@ -151,7 +151,7 @@ fn matmul_with<V: Lanes, W: Weight, const ALONE: usize, const ROWS: usize, const
     let mut packed = Vec::with_capacity(n_pass * (width / LANES));
     for (x, y) in x.chunks(n_pass * width).zip(y.chunks_mut(n_pass * n_outputs)) {
         let n_groups = (x.len() / width).div_ceil(ROWS);
-        // Few rows are shared out evenly: one alone takes half as long as six.
+        // Few rows are shared out as evenly as groups of one size allow: one alone takes half as long as all.
         let n_together = (x.len() / width).div_ceil(n_groups);
         packed.clear();
         for x in x.chunks(n_together * width) {
@@ -271,7 +271,7 @@ fn in_pieces<W>(w: &[W], n: usize) -> slice::Chunks<'_, W> {
     w.chunks(w.len().div_ceil(n).next_multiple_of(LINE_BYTES / size_of::<W>()).max(1))
 }
 
-/// Adds the products of whole vectors. `next` is fetched into the second cache meanwhile, a little with each.
+/// Adds the products of whole vectors. `next` is fetched into the second cache meanwhile, a little with each stretch of them.
 #[inline(always)]
 fn add_products<V: Lanes, W: Weight, const R: usize, const C: usize>(
     x: &[[Vector; R]],
@@ -282,15 +282,17 @@ fn add_products<V: Lanes, W: Weight, const R: usize, const C: usize>(
     // Of its own, so that they stay in registers.
     let mut so_far = *sums;
     let mut lines = next.chunks(LINE_BYTES / size_of::<W>());
-    let n_at_once = lines.len().div_ceil(x.len().div_ceil(STRETCH).max(1));
-    for (stretch, x) in x.chunks(STRETCH).enumerate() {
+    // Short where there is much to ask for: a core has room for some ten requests.
+    let n_stretch = (4 * x.len()).div_ceil(lines.len().max(1)).clamp(1, STRETCH);
+    let n_at_once = lines.len().div_ceil(x.len().div_ceil(n_stretch).max(1));
+    for (stretch, x) in x.chunks(n_stretch).enumerate() {
         for line in lines.by_ref().take(n_at_once) {
             V::ask_later(line.as_ptr());
         }
         let mut of_stretch: [&[[W; LANES]]; C] = [&[]; C];
         for c in 0..C {
             // Of one length, which the compiler sees: nothing is checked inside the loop.
-            of_stretch[c] = &w[c][stretch * STRETCH..][..x.len()];
+            of_stretch[c] = &w[c][stretch * n_stretch..][..x.len()];
         }
         for at in 0..x.len() {
             for part in 0..V::PARTS {

@@ -44,7 +44,7 @@ pub(crate) const BLOCK: usize = 32;
 /// Bytes of a panel's scales for one block.
 const SCALES_BYTES: usize = OUTPUTS * 2;
 /// Blocks of a panel that are multiplied with all rows before the next ones are: they stay in the first cache.
-const BLOCKS: usize = 16;
+const BLOCKS: usize = 8;
 /// About so many rows meet a task's panels before the next ones do: they stay in the second cache.
 const ROWS_PASS: usize = 128;
 /// Rows that kernels without groups of them multiply at once.
@@ -270,7 +270,7 @@ fn rows_with_panel((isa, bits): (Isa, Bits), x: &Rows, first: usize, turn: Turn<
             return unsafe { amx::rows_with_panel(bits, x, first, turn.panel, turn.y) };
         }
         Isa::Avx512 | Isa::Amx => return unsafe { avx512::rows_with_turns(bits, x, first, [turn]) },
-        Isa::Avx2 if avx2::are_many(bits, x.n_rows) => {
+        Isa::Avx2 if x.group == WIDE_ROWS && avx2::are_many(bits, x.n_rows) => {
             return unsafe { avx2::rows_with_panel(bits, x, first, turn.panel, turn.y) };
         }
         Isa::Avx2 | Isa::Baseline => {}

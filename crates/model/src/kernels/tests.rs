@@ -67,6 +67,24 @@ fn a_matrix_of_several_blocks_has_the_same_bits_as_its_outputs_alone() {
     }
 }
 
+#[test]
+fn what_is_infinite_in_one_output_stays_there() {
+    const WIDTH: usize = 32;
+    for isa in Isa::all() {
+        for n_rows in 1..8 {
+            for at in 0..WIDTH {
+                let mut w = [bf16::from_f32(0.5); 3 * WIDTH];
+                w[WIDTH + at] = bf16::INFINITY;
+                let mut y = vec![0.0; 3 * n_rows];
+                matmul(isa, &vec![1.0; n_rows * WIDTH], &w, WIDTH, &mut y);
+                for y in y.chunks_exact(3) {
+                    assert_eq!(y, [16.0, f32::INFINITY, 16.0], "{isa:?}, {n_rows} rows, number {at}");
+                }
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn exponentials_are_summed_as_libm_does(

@@ -9,8 +9,8 @@
 use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 use super::{
-    BLOCK, BLOCKS, Biases, Bits, GROUP, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows,
-    SCALES_BYTES, WIDE_ROWS, ahead::Ahead, gated,
+    BLOCK, Biases, Bits, GROUP, Line, OUTPUTS, Panel, Part, Quantize, ROUNDER, Row, Rows, SCALES_BYTES,
+    WIDE_ROWS, ahead::Ahead, gated,
 };
 
 #[target_feature(enable = "avx2,fma")]
@@ -232,6 +232,9 @@ fn dots_4(pairs: Two, [_, bias]: Biases) -> Two {
 /// There from when it is laid out: clearing it first took 3 % of a step of 16 rows.
 type LaidOut = [MaybeUninit<Two>; BLOCK / 2];
 
+/// Blocks of a panel that are laid out at a time: 16 KiB.
+const BLOCKS: usize = 16;
+
 /// True of so many rows that it pays to lay a panel out for them.
 pub(super) const fn are_many(bits: Bits, n_rows: usize) -> bool {
     n_rows
@@ -274,7 +277,8 @@ fn many_rows<const IS_FOUR: bool>(x: &Rows, first: usize, panel: Panel<'_>, y: &
                 1 => group_with_blocks::<1, IS_FOUR>(of, blocks.clone(), &laid_out, y),
                 2 => group_with_blocks::<2, IS_FOUR>(of, blocks.clone(), &laid_out, y),
                 3 => group_with_blocks::<3, IS_FOUR>(of, blocks.clone(), &laid_out, y),
-                _ => group_with_blocks::<4, IS_FOUR>(of, blocks.clone(), &laid_out, y),
+                4 => group_with_blocks::<4, IS_FOUR>(of, blocks.clone(), &laid_out, y),
+                n => unreachable!("{n} rows in a group"),
             }
         }
     }

@@ -7,7 +7,7 @@ use super::{
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 
-/// Rows whose blocks lie together, and so few of them that they read a matrix as fast as one row.
+/// Rows whose blocks lie together, but for AVX2's, and few of them: they read a matrix about as fast as one row does.
 pub(super) const GROUP: usize = 8;
 /// Rows of a group where AVX-512 multiplies more than [`GROUP`] with two panels at once: at most.
 pub(super) const PAIRED_ROWS: usize = 7;
@@ -15,6 +15,7 @@ pub(super) const PAIRED_ROWS: usize = 7;
 pub(super) const TILE_ROWS: usize = 16;
 /// Rows of a group with AVX2, which multiplies so many at once.
 pub(super) const WIDE_ROWS: usize = 4;
+const _: () = assert!(GROUP.is_multiple_of(WIDE_ROWS));
 
 /// What quantizing a block takes. Only code that is compiled for its instruction set, after it was detected, may use it.
 pub(super) trait Quantize {
@@ -127,7 +128,7 @@ impl Rows {
         let mut rows = Self::zeros(isa, x.len() / width, width);
         let (blocks, group) = (rows.blocks, rows.group);
         let mut wide = rows.wide.chunks_mut(blocks);
-        // A group a task: 16 rows are worth two threads.
+        // A group a task: 16 rows are worth several threads.
         let parts = x
             .chunks(group * width)
             .zip(rows.numbers.chunks_mut(group * blocks))
@@ -347,8 +348,7 @@ pub(super) fn quantize<Q: Quantize>(part: Part<'_>) {
                 scales[at] = scale;
                 biases[at] = biases_of(sum);
                 if !wide.is_empty() {
-                    let row = group * group_rows + row;
-                    widen(&numbers[at], row, &mut wide[block]);
+                    widen(&numbers[at], row, &mut wide[group * blocks + block]);
                 }
             }
         }

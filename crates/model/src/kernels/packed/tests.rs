@@ -88,20 +88,25 @@ proptest! {
     }
 }
 
+/// int4 is the smallest number and then the largest of all others, stored as 0 and 15: the sums that are largest in 16 bits.
 #[test]
 fn the_extremes_do_not_overflow() {
     const WIDTH: usize = 64;
-    for bits in [Bits::Eight, Bits::Four] {
-        for (x, w) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
-            let packed = packed(bits, &[w; 16 * WIDTH], WIDTH);
+    for (bits, first, other) in [(Bits::Eight, 1.0, 1.0), (Bits::Four, -8.0, 7.0), (Bits::Four, 1.0, 1.0)] {
+        let of_block = |at: usize| if at.is_multiple_of(BLOCK) { first } else { other };
+        for (x, sign) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
+            let w: Vec<f32> = (0..16 * WIDTH).map(|at| sign * of_block(at)).collect();
+            let (packed, wanted) = (packed(bits, &w, WIDTH), x * w[..WIDTH].iter().sum::<f32>());
             for isa in Isa::all() {
-                let rows = Rows::quantize_for(isa, &[x; 10 * WIDTH], WIDTH);
-                for y in products(isa, bits, &rows, &packed, WIDTH) {
-                    let wanted = x * w * WIDTH as f32;
-                    assert!(
-                        (y - wanted).abs() < 0.005 * wanted.abs(),
-                        "{isa:?} {bits:?}: {y}, wanted {wanted}"
-                    );
+                for n_rows in [1, 2, 3, 4, 8, 9, 10, 17] {
+                    let rows = |isa| Rows::quantize_for(isa, &vec![x; n_rows * WIDTH], WIDTH);
+                    let y = products(isa, bits, &rows(isa), &packed, WIDTH);
+                    let scalar = products(Isa::Baseline, bits, &rows(Isa::Baseline), &packed, WIDTH);
+                    assert_eq!(of(&y), of(&scalar), "{isa:?} {bits:?}, {n_rows} rows");
+                    for y in y {
+                        let is_near = (y - wanted).abs() < 0.005 * wanted.abs();
+                        assert!(is_near, "{isa:?} {bits:?}: {y}, wanted {wanted}");
+                    }
                 }
             }
         }
@@ -111,7 +116,7 @@ fn the_extremes_do_not_overflow() {
 /// More rows and blocks than go through at a time, and some that do not fill a group, a pass or a turn.
 #[test]
 fn many_rows_are_each_as_alone() {
-    const WIDTH: usize = (BLOCKS + 3) * BLOCK - 20;
+    const WIDTH: usize = (2 * BLOCKS + 3) * BLOCK - 20;
     const OUTPUTS: usize = 60;
     const ROWS: usize = 500;
     let x: Vec<f32> = (0..ROWS * WIDTH).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
@@ -133,7 +138,7 @@ fn many_rows_are_each_as_alone() {
             assert_eq!(of(y), of(&alone.0));
         }
         for isa in Isa::all() {
-            for n_rows in [2, 3, 4, 5, 6, 7, 8, 9, 15, 50, 128, 129, 133, 135, 261, ROWS] {
+            for n_rows in [2, 3, 4, 5, 6, 7, 8, 9, 15, 50, 128, 129, 130, 133, 135, 261, ROWS] {
                 let x = &x[..n_rows * WIDTH];
                 let products = products(isa, bits, &Rows::quantize_for(isa, x, WIDTH), &packed, WIDTH);
                 let together = gated(isa, x);
@@ -170,6 +175,35 @@ fn every_pass_begins_with_a_group() {
             } else {
                 assert!(rows.group >= GROUP);
             }
+        }
+    }
+}
+
+/// The indexer's scores, over its positions by turns of two panels, an odd last one, and one that is not whole.
+#[test]
+fn what_is_positive_is_summed_in_the_order_of_rows() {
+    const WIDTH: usize = 128;
+    const OUTPUTS: usize = 40;
+    let number = |i: usize| ((i * 7919) % 1000) as f32 / 500.0 - 1.0;
+    let w: Vec<f32> = (0..OUTPUTS * WIDTH).map(|i| number(3 * i + 1)).collect();
+    let packed = packed(Bits::Eight, &w, WIDTH);
+    for n_rows in [1, 3, 8, 9, 13, 64] {
+        let x: Vec<f32> = (0..n_rows * WIDTH).map(number).collect();
+        let weights: Vec<f32> = (0..n_rows).map(|row| number(row + 5)).collect();
+        let mut sums = [f32::NAN; OUTPUTS];
+        sum_of_positive(&Rows::quantize(&x, WIDTH), &weights, &packed, WIDTH, &mut sums);
+        let products = matmul(Bits::Eight, &x, &w, WIDTH);
+        let mut wanted = [0.0_f32; OUTPUTS];
+        for (products, weight) in products.chunks_exact(OUTPUTS).zip(&weights) {
+            for (sum, product) in wanted.iter_mut().zip(products) {
+                *sum += weight * product.max(0.0);
+            }
+        }
+        for (sum, wanted) in sums.iter().zip(wanted) {
+            assert!(
+                (sum - wanted).abs() <= 1e-4 * wanted.abs().max(1.0),
+                "{n_rows} rows: {sum}, wanted {wanted}"
+            );
         }
     }
 }
