@@ -48,6 +48,15 @@ pub enum OnMissingExpert {
     Skip,
 }
 
+/// Whether the rows of a step go through the layers in two half-batches, of which one attends while the other's experts work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum HalfBatches {
+    /// By steps of about the same size, where it measures faster; never while all servers are on this host.
+    Measured,
+    Always,
+    Never,
+}
+
 /// Run a router: attention, gate and KV cache; the experts are elsewhere, or some of them in the router too.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -105,6 +114,9 @@ pub struct Args {
     /// Most rows of a step, over all sequences: bounds how long a long prompt delays the running ones
     #[arg(long, env = "SHOAL_STEP_ROWS", default_value_t = 512, value_name = "ROWS")]
     pub step_rows: usize,
+    /// Compute a step in two half-batches: one attends while the other's experts work
+    #[arg(long, env = "SHOAL_HALF_BATCHES", default_value = "measured")]
+    pub half_batches: HalfBatches,
     /// Pages of the KV cache [default: sixteen full contexts, at most 1 GiB]
     #[arg(long, env = "SHOAL_PAGES")]
     pub pages: Option<usize>,
@@ -177,6 +189,7 @@ pub(crate) struct Limits {
     pub(crate) wire: Wire,
     pub(crate) chunk_rows_max: usize,
     pub(crate) step_rows_max: usize,
+    pub(crate) half_batches: HalfBatches,
     pub(crate) n_pages: usize,
     pub(crate) page_positions: usize,
     pub(crate) context_max: usize,
@@ -253,6 +266,7 @@ impl Args {
             wire: self.wire,
             chunk_rows_max: self.chunk,
             step_rows_max: self.step_rows,
+            half_batches: self.half_batches,
             n_pages,
             page_positions: self.page_positions,
             context_max,

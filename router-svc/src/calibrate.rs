@@ -7,8 +7,9 @@ use model::{Backbone, Pages, Span};
 use proto::{Error, frame::Grid};
 
 use crate::{
+    batch::Step,
     dispatch::Traced,
-    forward::{CombineMode, Fate, Step, forward},
+    forward::{CombineMode, Fate, forward},
     remote::Remote,
     sequence::Participants,
 };
@@ -36,7 +37,7 @@ pub(crate) fn calibrate(
         participants: vec![&mut participants],
         traced: Traced::default(),
     };
-    let result = forward(backbone, &mut step, &mut pages, remote, mode);
+    let result = forward(backbone, &mut step, &mut pages, remote, mode, false);
     match result.fates.into_iter().next() {
         Some(Fate::Missing { last_failure: Some(error), .. }) => return Err(error),
         Some(Fate::Missing { layer, .. }) => {

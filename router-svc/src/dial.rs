@@ -88,6 +88,11 @@ pub(crate) fn unix_socket_of<'a>(status: &'a v1::ExpertStatus, address: &str) ->
     (itself && has_one && is_of_this_host(dialed.ip())).then_some(&status.unix_socket)
 }
 
+/// Whether what is sent to this address may leave this host. Names are not looked up: they may.
+pub(crate) fn is_elsewhere(address: &str) -> bool {
+    address.parse().map_or(true, |address: SocketAddr| !is_of_this_host(address.ip()))
+}
+
 /// Only to addresses of its own does a host bind (but where `ip_nonlocal_bind` lets it: there the name and its user decide).
 fn is_of_this_host(ip: IpAddr) -> bool {
     UdpSocket::bind((ip, 0)).is_ok()

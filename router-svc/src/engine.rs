@@ -16,7 +16,9 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use crate::{
     args::{Combine, Limits},
     calibrate::calibrate,
-    forward::{CombineMode, Fate, Forward, Step, forward},
+    batch::Step,
+    forward::{CombineMode, Fate, Forward, forward},
+    halves::Halves,
     meters::Meters,
     remote::Remote,
     sampling::{Draw, Drawn, sample},
@@ -43,6 +45,7 @@ pub(crate) struct Engine {
     scheduler: Scheduler,
     remote: Remote,
     mode: CombineMode,
+    halves: Halves,
     calibrated: bool,
     calibrate_at: Instant,
     stats: Arc<Stats>,
@@ -87,6 +90,7 @@ impl Engine {
             scheduler: Scheduler::new(limits),
             remote,
             mode: CombineMode::new(limits),
+            halves: Halves::new(limits.half_batches),
             calibrated: limits.combine != Combine::Exact,
             calibrate_at: now(),
             stats,
@@ -137,7 +141,7 @@ impl Engine {
         }
         let batch = self.scheduler.schedule(now, &view.table);
         if batch.is_empty() {
-            let late = self.remote.hear_late();
+            let late = self.remote.hear_all();
             self.remote.give_up_mute();
             let waits = late || self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
             return if waits { Turn::Waiting } else { Turn::Idle };
@@ -263,7 +267,14 @@ impl Engine {
                 .map(|(scheduled, planned)| (scheduled.rows.clone(), planned.trail.context))
                 .collect(),
         };
-        let result = forward(&self.backbone, &mut step, &mut self.pages, &mut self.remote, &self.mode);
+        let n_rows = step.ids.len();
+        let in_halves = self.halves.choose(n_rows, self.remote.is_elsewhere());
+        let began = self.remote.now();
+        let result =
+            forward(&self.backbone, &mut step, &mut self.pages, &mut self.remote, &self.mode, in_halves);
+        if result.fates.iter().all(|fate| matches!(fate, Fate::Done)) {
+            self.halves.note(n_rows, in_halves, self.remote.now().saturating_duration_since(began));
+        }
         for (scheduled, participants) in batch.iter().zip(participants) {
             self.scheduler.running_mut(scheduled.sequence).participants = participants;
         }

@@ -7,6 +7,7 @@
 //! frame still counts. A piece is done when its own reply is home or one of its covers is, whichever comes first; the
 //! other is never looked at. So every pair is combined exactly once, or its row is lost by name.
 
+pub(crate) mod aloft;
 mod landed;
 mod late;
 pub(crate) mod log;

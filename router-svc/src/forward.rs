@@ -1,10 +1,11 @@
-//! The layer loop. Reads like the paper: attend, gate, dispatch, shared experts meanwhile, combine.
+//! The layer loop. Reads like the paper: attend, gate, dispatch, shared experts meanwhile, combine. In two half-batches the one
+//! attends while the other's experts work.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use cluster::table;
-use ids::{ExpertId, LayerId, RowIndex};
-use model::{Assignments, Backbone, FeedForward, Moe, Pages, Span, threads};
+use ids::{ExpertId, LayerId};
+use model::{Assignments, Backbone, FeedForward, Layer, Moe, Pages, threads};
 use proto::{
     Error,
     frame::{self, Grid},
@@ -13,10 +14,11 @@ use proto::{
 
 use crate::{
     args::{Combine, Limits, OnMissingExpert},
-    combine::{Combined, combine},
-    dispatch::{Activations, Traced},
+    batch::{Batch, Step},
+    combine::combine,
+    dispatch::Activations,
+    flight::aloft::Ticket,
     remote::Remote,
-    sequence::Participants,
     spans::{DispatchLog, LayerLog},
 };
 
@@ -84,15 +86,6 @@ impl Fate {
     }
 }
 
-/// One step's rows, the sequences' spans over them and who worked on each.
-pub(crate) struct Step<'a> {
-    pub(crate) ids: Vec<u32>,
-    pub(crate) spans: Vec<Span<'a>>,
-    pub(crate) participants: Vec<&'a mut Participants>,
-    /// Whose servers record it.
-    pub(crate) traced: Traced,
-}
-
 pub(crate) struct Forward {
     /// `[rows, hidden]` after the last layer, before the final norm.
     pub(crate) hidden: Vec<f32>,
@@ -100,101 +93,166 @@ pub(crate) struct Forward {
     pub(crate) fates: Vec<Fate>,
     /// By layer: the largest weighted contribution of an expert. Only pairs show it.
     pub(crate) contribution_max: BTreeMap<LayerId, f32>,
+    /// One for each layer and batch.
     pub(crate) layers: Vec<LayerLog>,
 }
 
+/// All layers, with the step's rows in one batch or in two that take turns. The bits are the same: a row's do not depend on
+/// which others are computed with it, and what it attends to was written before.
 pub(crate) fn forward(
     backbone: &Backbone,
     step: &mut Step<'_>,
     pages: &mut Pages,
     remote: &mut Remote,
     mode: &CombineMode,
+    in_halves: bool,
 ) -> Forward {
-    let mut fates: Vec<Fate> = step.spans.iter().map(|_| Fate::Done).collect();
-    let mut contribution_max = BTreeMap::new();
-    let mut layers = Vec::with_capacity(backbone.layers().len());
-    let mut hidden = backbone.embed(&step.ids); // [rows, hidden]
+    let mut batches = step.batches(if in_halves { 2 } else { 1 }, |ids| backbone.embed(ids));
+    let mut pass = Pass {
+        backbone,
+        pages,
+        remote,
+        mode,
+        fates: step.spans.iter().map(|_| Fate::Done).collect(),
+        contribution_max: BTreeMap::new(),
+        layers: Vec::with_capacity(batches.len() * backbone.layers().len()),
+    };
+    let mut flying: Vec<Option<Flying>> = batches.iter().map(|_| None).collect();
     for layer in backbone.layers() {
-        let started = remote.now();
-        let awake = threads::stay_awake();
-        layer.attend(&mut hidden, &step.spans, pages);
-        let attended = remote.now();
-        let normed = Arc::new(layer.post_attention_layernorm(&hidden));
-        let (update, dispatch) = match layer.feed_forward() {
-            FeedForward::Dense(mlp) => (mlp.apply(&normed), None),
-            FeedForward::Routed(moe) => {
-                // Other threads begin with the shared experts while this one dispatches; it joins them while the experts
-                // work. A gate that is worth all threads goes before: the experts wait for it.
-                let alone = moe.gates_alone(step.ids.len());
-                let gated = (!alone).then(|| gate(layer.id(), moe, &normed, step, remote, mode));
-                let ((flight, dispatched), shared) = moe.shared_beside(&normed, || {
-                    drop(awake);
-                    let assignments =
-                        gated.unwrap_or_else(|| gate(layer.id(), moe, &normed, step, remote, mode)); // [rows, topk]
-                    let activations = Activations {
-                        layer: layer.id(),
-                        hidden_size: backbone.config().hidden_size,
-                        dtype: mode.dtype,
-                        assignments,
-                        normed: Arc::clone(&normed),
-                        traced: Arc::clone(&step.traced),
-                    };
-                    let rows = live_rows(&activations, step, &mut fates);
-                    let dispatched = remote.now();
-                    (remote.dispatch(activations, rows, mode.of(layer.id())), dispatched)
-                });
-                let shared_at = remote.now();
-                note_participants(flight.activations(), step);
-                let rows_by_expert = rows_by_expert(flight.activations(), backbone.config().n_routed_experts);
-                let landed = remote.land(flight);
-                let landed_at = remote.now();
-                note_contributions(layer.id(), &landed.pairs, &mut contribution_max);
-                let combined = combine(landed, shared);
-                settle(layer.id(), &combined, step, &mut fates);
-                let log = combined.log;
-                let dispatch =
-                    DispatchLog { dispatched, shared: shared_at, landed: landed_at, rows_by_expert, log };
-                (combined.update, Some(dispatch))
+        for (batch, flying) in batches.iter_mut().zip(&mut flying) {
+            // Its last layer's experts have worked while the other batch attended.
+            if let Some(flying) = flying.take() {
+                pass.finish(flying, batch, step);
             }
-        };
-        model::add(&mut hidden, &update);
-        layers.push(LayerLog { layer: layer.id(), started, attended, dispatch, ended: remote.now() });
+            *flying = pass.begin(layer, batch, step);
+        }
     }
+    for (batch, flying) in batches.iter_mut().zip(flying) {
+        if let Some(flying) = flying {
+            pass.finish(flying, batch, step);
+        }
+    }
+    let Pass { fates, contribution_max, layers, .. } = pass;
+    let mut batches = batches.into_iter().map(|batch| batch.hidden);
+    let mut hidden = batches.next().unwrap_or_default();
+    batches.for_each(|more| hidden.extend(more));
     Forward { hidden, fates, contribution_max, layers }
 }
 
-/// The gate's choice, of those that somebody holds if missing ones are to be left out.
-fn gate(
-    layer: LayerId,
-    moe: &Moe,
-    normed: &[f32],
-    step: &mut Step<'_>,
-    remote: &Remote,
-    mode: &CombineMode,
-) -> Assignments {
-    if !mode.skip_missing {
-        return moe.gate(normed);
-    }
-    let missing = remote.missing(layer, moe.n_experts());
-    let (assignments, masked) = moe.gate_without(normed, &missing);
-    note_masked(layer, &masked, step);
-    assignments
+struct Pass<'a> {
+    backbone: &'a Backbone,
+    pages: &'a mut Pages,
+    remote: &'a mut Remote,
+    mode: &'a CombineMode,
+    fates: Vec<Fate>,
+    contribution_max: BTreeMap<LayerId, f32>,
+    layers: Vec<LayerLog>,
 }
 
-/// The rows worth sending: of spans that are still whole, with finite numbers.
-fn live_rows(activations: &Activations, step: &Step<'_>, fates: &mut [Fate]) -> Vec<usize> {
-    let mut rows = Vec::with_capacity(activations.n_rows());
-    for (span, fate) in step.spans.iter().zip(fates) {
-        if !matches!(fate, Fate::Done) {
-            continue;
+/// A batch whose rows are with the experts of a layer.
+struct Flying {
+    ticket: Ticket,
+    layer: LayerId,
+    /// `[rows, hidden]`: the shared experts' sum.
+    shared: Vec<f32>,
+    rows_by_expert: Vec<u32>,
+    started: Instant,
+    attended: Instant,
+    dispatched: Instant,
+    shared_at: Instant,
+}
+
+impl Pass<'_> {
+    /// Attention, and a dense layer's feed-forward; or what a routed one's experts are asked for, and the shared experts.
+    fn begin(&mut self, layer: &Layer, batch: &mut Batch<'_>, step: &mut Step<'_>) -> Option<Flying> {
+        let started = self.remote.now();
+        let awake = threads::stay_awake();
+        layer.attend(&mut batch.hidden, &batch.spans, self.pages);
+        let attended = self.remote.now();
+        let normed = Arc::new(layer.post_attention_layernorm(&batch.hidden));
+        let moe = match layer.feed_forward() {
+            FeedForward::Dense(mlp) => {
+                model::add(&mut batch.hidden, &mlp.apply(&normed));
+                let (rows, ended) = (batch.rows.clone(), self.remote.now());
+                self.layers.push(LayerLog { layer: layer.id(), rows, started, attended, dispatch: None, ended });
+                return None;
+            }
+            FeedForward::Routed(moe) => moe,
+        };
+        // Other threads begin with the shared experts while this one dispatches; it joins them while the experts work. A
+        // gate that is worth all threads goes before: the experts wait for it.
+        let alone = moe.gates_alone(batch.rows.len());
+        let gated = (!alone).then(|| self.gate(layer.id(), moe, &normed, batch, step));
+        let ((ticket, dispatched), shared) = moe.shared_beside(&normed, || {
+            drop(awake);
+            let assignments = gated.unwrap_or_else(|| self.gate(layer.id(), moe, &normed, batch, step)); // [rows, topk]
+            let activations = Activations {
+                layer: layer.id(),
+                hidden_size: self.backbone.config().hidden_size,
+                dtype: self.mode.dtype,
+                assignments,
+                normed: Arc::clone(&normed),
+                traced: Arc::clone(&batch.traced),
+            };
+            let rows = batch.live_rows(&activations, &mut self.fates);
+            let dispatched = self.remote.now();
+            (self.remote.dispatch(activations, rows, self.mode.of(layer.id())), dispatched)
+        });
+        let shared_at = self.remote.now();
+        let activations = self.remote.activations(&ticket);
+        batch.note_participants(activations, step);
+        let rows_by_expert = rows_by_expert(activations, self.backbone.config().n_routed_experts);
+        let layer = layer.id();
+        Some(Flying { ticket, layer, shared, rows_by_expert, started, attended, dispatched, shared_at })
+    }
+
+    /// Waits for the routed experts.
+    fn finish(&mut self, flying: Flying, batch: &mut Batch<'_>, step: &mut Step<'_>) {
+        let Flying { ticket, layer, shared, rows_by_expert, started, attended, dispatched, shared_at } = flying;
+        let landed = self.remote.land(ticket);
+        let landed_at = self.remote.now();
+        self.note_contributions(layer, &landed.pairs);
+        let combined = combine(landed, shared);
+        batch.settle(layer, &combined, step, &mut self.fates);
+        model::add(&mut batch.hidden, &combined.update);
+        let mut log = combined.log;
+        log.of_rows_from(batch.rows.start);
+        let dispatch = DispatchLog { dispatched, shared: shared_at, landed: landed_at, rows_by_expert, log };
+        self.layers.push(LayerLog {
+            layer,
+            rows: batch.rows.clone(),
+            started,
+            attended,
+            dispatch: Some(dispatch),
+            ended: self.remote.now(),
+        });
+    }
+
+    /// The gate's choice, of those that somebody holds if missing ones are to be left out.
+    fn gate(
+        &self,
+        layer: LayerId,
+        moe: &Moe,
+        normed: &[f32],
+        batch: &Batch<'_>,
+        step: &mut Step<'_>,
+    ) -> Assignments {
+        if !self.mode.skip_missing {
+            return moe.gate(normed);
         }
-        if span.rows.clone().any(|row| !model::within(activations.row(row), f32::MAX)) {
-            *fate = Fate::NotFinite { layer: activations.layer };
-        } else {
-            rows.extend(span.rows.clone());
+        let missing = self.remote.missing(layer, moe.n_experts());
+        let (assignments, masked) = moe.gate_without(normed, &missing);
+        batch.note_masked(layer, &masked, step);
+        assignments
+    }
+
+    fn note_contributions(&mut self, layer: LayerId, pairs: &BTreeMap<usize, Vec<Vec<f32>>>) {
+        let values = pairs.values().flatten().flatten();
+        if let Some(max) = values.map(|value| value.abs()).reduce(f32::max) {
+            let noted = self.contribution_max.entry(layer).or_insert(max);
+            *noted = noted.max(max);
         }
     }
-    rows
 }
 
 fn rows_by_expert(activations: &Activations, n_experts: usize) -> Vec<u32> {
@@ -203,48 +261,4 @@ fn rows_by_expert(activations: &Activations, n_experts: usize) -> Vec<u32> {
         rows[expert.index()] += 1;
     }
     rows
-}
-
-fn note_participants(activations: &Activations, step: &mut Step<'_>) {
-    let top_k = activations.top_k();
-    for (span, participants) in step.spans.iter().zip(&mut step.participants) {
-        let chosen = &activations.assignments.experts[span.rows.start * top_k..span.rows.end * top_k];
-        participants.experts.extend(chosen.iter().map(|&expert| (activations.layer, expert)));
-    }
-}
-
-fn note_masked(layer: LayerId, masked: &[(RowIndex, ExpertId)], step: &mut Step<'_>) {
-    for (span, participants) in step.spans.iter().zip(&mut step.participants) {
-        let of_span = masked.iter().filter(|(row, _)| span.rows.contains(&row.index()));
-        participants.masked.extend(of_span.map(|&(_, expert)| (layer, expert)));
-    }
-}
-
-fn note_contributions(
-    layer: LayerId,
-    pairs: &BTreeMap<usize, Vec<Vec<f32>>>,
-    contribution_max: &mut BTreeMap<LayerId, f32>,
-) {
-    let values = pairs.values().flatten().flatten();
-    if let Some(max) = values.map(|value| value.abs()).reduce(f32::max) {
-        contribution_max.insert(layer, max);
-    }
-}
-
-/// Marks the spans that lost a row, and notes who served the others.
-fn settle(layer: LayerId, combined: &Combined, step: &mut Step<'_>, fates: &mut [Fate]) {
-    for ((span, participants), fate) in step.spans.iter().zip(&mut step.participants).zip(fates) {
-        for (holder, rows) in &combined.served {
-            if !participants.servers.contains(holder) && rows.iter().any(|row| span.rows.contains(row)) {
-                participants.servers.insert(holder.clone());
-            }
-        }
-        let mut experts: Vec<ExpertId> =
-            combined.lost.range(span.rows.clone()).flat_map(|(_, experts)| experts.iter().copied()).collect();
-        if !experts.is_empty() {
-            experts.sort_unstable();
-            experts.dedup();
-            *fate = Fate::Missing { layer, experts, last_failure: combined.last_failure.clone() };
-        }
-    }
 }

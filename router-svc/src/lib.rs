@@ -6,6 +6,7 @@
 
 mod api;
 mod args;
+mod batch;
 mod cache;
 mod calibrate;
 mod combine;
@@ -15,6 +16,7 @@ mod engine;
 mod event_loop;
 mod flight;
 mod forward;
+mod halves;
 mod identity;
 mod inside;
 mod link;

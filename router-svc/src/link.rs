@@ -264,7 +264,8 @@ impl Links {
             Ok(Err(status)) => return Error::from_status(&status),
             Err(_) => return Error::new(Code::DeadlineExceeded, "dispatch_refused", "no answer to Dispatch"),
         };
-        let way = Way { frames, given_up: Arc::clone(&given_up) };
+        let elsewhere = transport == Transport::Tcp && dial::is_elsewhere(&holder.address);
+        let way = Way { frames, given_up: Arc::clone(&given_up), elsewhere };
         if let Err(error) = self.join(key, holder.clone(), Through::Link(way, transport)) {
             return error;
         }

@@ -23,7 +23,10 @@ use tokio::{
 use crate::{
     dispatch::Activations,
     event_loop::EventLoop,
-    flight::{Counts, Flight, FrameIds, Landed, Order, Surroundings, note_late},
+    flight::{
+        Counts, FrameIds, Landed, Order, Surroundings,
+        aloft::{Aloft, Ticket},
+    },
     inside::Inside,
 };
 
@@ -44,6 +47,8 @@ pub(crate) struct Way {
     pub(crate) frames: Sender<v1::Frame>,
     /// Told when nothing comes back: the link is to be made again.
     pub(crate) given_up: Arc<Notify>,
+    /// The server is on another host, as far as this one can tell.
+    pub(crate) elsewhere: bool,
 }
 
 /// What links tell the engine. The channel is unbounded; frames in flight and what happens to servers bound it.
@@ -71,6 +76,7 @@ pub(crate) struct Remote {
     followed: Version,
     ids: FrameIds,
     counts: Counts,
+    aloft: Aloft,
     dispatch_timeout: Duration,
     inside: Option<Inside>,
 }
@@ -106,6 +112,7 @@ impl Remote {
             followed: Version(0),
             ids: FrameIds::new(u64::from_be_bytes(new_span_id().to_bytes())),
             counts: Counts::default(),
+            aloft: Aloft::default(),
             dispatch_timeout,
             inside,
         }
@@ -125,13 +132,22 @@ impl Remote {
         self.view.load().table.missing_of(layer, n_experts)
     }
 
-    /// Runs `decide` with the table and the time of the moment.
-    fn decide<T>(&mut self, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
+    /// True if some experts are computed on another host.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.view.load().links.values().any(|way| way.elsewhere)
+    }
+
+    /// Runs `decide` on what is aloft, with the table and the time of the moment.
+    fn decide<T>(&mut self, decide: impl FnOnce(&mut Aloft, &mut Surroundings<'_>) -> T) -> T {
         self.decide_on(now(), decide)
     }
 
     /// The same about something that came at `heard_at`.
-    fn decide_on<T>(&mut self, heard_at: Instant, decide: impl FnOnce(&mut Surroundings<'_>) -> T) -> T {
+    fn decide_on<T>(
+        &mut self,
+        heard_at: Instant,
+        decide: impl FnOnce(&mut Aloft, &mut Surroundings<'_>) -> T,
+    ) -> T {
         let view = self.view();
         let now = now();
         if self.followed != view.table.version() {
@@ -139,7 +155,7 @@ impl Remote {
             let instances = view.table.holders().map(|holder| &holder.instance);
             self.health.follow(instances, now);
         }
-        decide(&mut Surroundings {
+        let mut around = Surroundings {
             table: &view.table,
             health: &mut self.health,
             ids: &mut self.ids,
@@ -147,77 +163,68 @@ impl Remote {
             now,
             heard_at,
             dispatch_timeout: self.dispatch_timeout,
-        })
+        };
+        decide(&mut self.aloft, &mut around)
     }
 
-    /// Notes what arrived between layers: it belongs to flights that have landed. True if more of it may come.
-    pub(crate) fn hear_late(&mut self) -> bool {
-        while let Ok(event) = self.events.try_recv() {
-            match event {
-                LinkEvent::Reply { instance, reply, at } => {
-                    self.decide_on(at, |around| note_late(&instance, &reply, around));
-                }
-                LinkEvent::Broken { instance, .. } => self.forget(&instance),
-                LinkEvent::Table => {}
-            }
-        }
-        self.health.is_owed()
-    }
-
-    /// Sends the frames of one layer.
+    /// Sends the frames of one layer. Another layer's may be in the air.
     pub(crate) fn dispatch(
         &mut self,
         activations: Activations,
         rows: impl IntoIterator<Item = usize>,
         combine: Combine,
-    ) -> Flight {
-        self.hear_late();
-        let (mut flight, orders) = self.decide(|around| Flight::launch(activations, rows, combine, around));
+    ) -> Ticket {
+        self.hear_all();
+        let (ticket, orders) = self.decide(|aloft, around| aloft.launch(activations, rows, combine, around));
         let mut leave = orders.iter().filter(|order| !self.is_inside(&order.holder)).peekable();
         if leave.peek().is_none() {
-            self.send(&mut flight, orders);
-            return flight;
+            self.send(orders);
+            return ticket;
         }
         let is_large = leave.any(|order| is_large(&order.frame));
         // On their way before anything else is computed.
         let event_loop = Arc::clone(&self.event_loop);
-        event_loop.turn(|| self.send(&mut flight, orders));
+        event_loop.turn(|| self.send(orders));
         if is_large {
             self.event_loop.hand_over();
         }
-        flight
+        ticket
     }
 
-    /// Waits until every row is home or lost.
-    pub(crate) fn land(&mut self, mut flight: Flight) -> Landed {
+    /// Of a flight that has not landed.
+    pub(crate) fn activations(&self, ticket: &Ticket) -> &Activations {
+        self.aloft.activations(ticket)
+    }
+
+    /// Waits until every row of that flight is home or lost.
+    pub(crate) fn land(&mut self, ticket: Ticket) -> Landed {
         loop {
-            self.compute_inside(&mut flight);
-            if flight.is_home() {
-                return flight.land();
+            self.compute_inside();
+            if self.aloft.is_home(&ticket) {
+                return self.aloft.land(ticket);
             }
-            let wake_at = [flight.next_tick(), self.health.next_tick()].into_iter().flatten().min();
+            let wake_at = [self.aloft.next_tick(), self.health.next_tick()].into_iter().flatten().min();
             let began = now();
             let wait = wake_at.map_or(self.dispatch_timeout, |at| at.saturating_duration_since(began));
             // Sockets are read before anybody is late, who may have answered while this thread computed.
             let wait = wait.max(LISTEN_MIN);
             match self.event_loop.run(async { timeout(wait, self.events.recv()).await }) {
-                Ok(Some(event)) => self.hear(&mut flight, event),
+                Ok(Some(event)) => self.hear(event),
                 Err(_) => {}
                 // The links are gone: the process is ending. What is outstanding counts as lost.
-                Ok(None) => return flight.land(),
+                Ok(None) => return self.aloft.land(ticket),
             }
-            self.hear_all(&mut flight);
+            self.hear_all();
             let missed = wake_at
                 .map_or(Duration::ZERO, |at| now().saturating_duration_since(at.max(began + LISTEN_MIN)));
             if missed > MISSED_MIN {
-                self.catch_up(&mut flight, missed);
+                self.catch_up(missed);
             }
             if wake_at.is_some_and(|at| at <= now()) {
                 self.give_up_mute();
-                let orders = self.decide(|around| tick(&mut flight, around));
-                self.send(&mut flight, orders);
+                self.order(Aloft::tick);
             }
-            self.look_again(&mut flight);
+            self.order(Aloft::look_again);
         }
     }
 
@@ -227,38 +234,41 @@ impl Remote {
 
     /// Computes the frames of the experts in this process. Between two of them that is heard which the links have read: with
     /// large frames, their caretaker reads meanwhile.
-    fn compute_inside(&mut self, flight: &mut Flight) {
+    fn compute_inside(&mut self) {
         let Some(inside) = &self.inside else { return };
         if inside.due().any(is_large) && !self.view.load().links.is_empty() {
             self.event_loop.hand_over();
         }
         while let Some((instance, reply)) =
-            self.inside.as_mut().and_then(|inside| inside.reply(|frame| flight.waits_for(frame), now))
+            self.inside.as_mut().and_then(|inside| inside.reply(|frame| self.aloft.waits_for(frame), now))
         {
-            self.hear(flight, LinkEvent::Reply { instance, reply, at: now() });
-            self.hear_all(flight);
-            self.look_again(flight);
+            self.hear(LinkEvent::Reply { instance, reply, at: now() });
+            self.hear_all();
+            self.order(Aloft::look_again);
         }
     }
 
-    /// All that has come.
-    fn hear_all(&mut self, flight: &mut Flight) {
+    /// All that has come. True if more of it may come though nothing is aloft: late replies.
+    pub(crate) fn hear_all(&mut self) -> bool {
         while let Ok(event) = self.events.try_recv() {
-            self.hear(flight, event);
+            self.hear(event);
         }
+        self.health.is_owed()
     }
 
-    fn hear(&mut self, flight: &mut Flight, event: LinkEvent) {
+    fn hear(&mut self, event: LinkEvent) {
         let orders = match event {
-            LinkEvent::Reply { instance, reply, at } => self.accept(flight, &instance, reply, at),
+            LinkEvent::Reply { instance, reply, at } => {
+                self.decide_on(at, |aloft, around| aloft.accept(&instance, reply, around))
+            }
             LinkEvent::Broken { instance, error } => {
-                let orders = self.decide(|around| flight.lose_holder(&instance, &error, around));
+                let orders = self.decide(|aloft, around| aloft.lose_holder(&instance, &error, around));
                 self.forget(&instance);
                 orders
             }
             LinkEvent::Table => Vec::new(),
         };
-        self.send(flight, orders);
+        self.send(orders);
     }
 
     /// `instance` starts anew, if only because its link is there again already.
@@ -279,39 +289,19 @@ impl Remote {
 
     /// This process, or its machine, was stopped: what came meanwhile has not been read, and what did not come is nobody's
     /// fault.
-    fn catch_up(&mut self, flight: &mut Flight, missed: Duration) {
+    fn catch_up(&mut self, missed: Duration) {
         self.event_loop.run(tokio::time::sleep(LISTEN_MIN));
         self.health.was_deaf(missed);
-        self.hear_all(flight);
+        self.hear_all();
     }
 
-    fn look_again(&mut self, flight: &mut Flight) {
-        let orders = self.decide(|around| flight.look_again(around));
-        self.send(flight, orders);
+    /// Sends what is ordered on what is aloft.
+    fn order(&mut self, decide: impl FnOnce(&mut Aloft, &mut Surroundings<'_>) -> Vec<Order>) {
+        let orders = self.decide(decide);
+        self.send(orders);
     }
 
-    fn accept(
-        &mut self,
-        flight: &mut Flight,
-        instance: &InstanceId,
-        reply: Reply,
-        at: Instant,
-    ) -> Vec<Order> {
-        self.decide_on(at, |around| {
-            let damaged = matches!(&reply.outcome, Err(error) if &*error.reason == "checksum_mismatch");
-            match flight.accept(instance, reply, around) {
-                Some(orders) => orders,
-                // The id, too, may be what was damaged: no frame on that way can be trusted to have arrived.
-                None if damaged => {
-                    let error = Error::new(Code::Unavailable, "checksum_mismatch", "a frame arrived damaged");
-                    flight.lose_holder(instance, &error, around)
-                }
-                None => Vec::new(),
-            }
-        })
-    }
-
-    fn send(&mut self, flight: &mut Flight, orders: Vec<Order>) {
+    fn send(&mut self, orders: Vec<Order>) {
         let mut orders = VecDeque::from(orders);
         while let Some(Order { holder, frame }) = orders.pop_front() {
             if let Some(inside) = self.inside.as_mut().filter(|inside| *inside.instance() == holder) {
@@ -330,7 +320,7 @@ impl Remote {
                 Some(Err(TrySendError::Closed(()))) | None => format!("the link to {holder} is down"),
             };
             let error = Error::new(Code::Unavailable, "link_down", why);
-            let more = self.decide(|around| flight.lose_holder(&holder, &error, around));
+            let more = self.decide(|aloft, around| aloft.lose_holder(&holder, &error, around));
             orders.retain(|order| order.holder != holder);
             orders.extend(more);
         }
@@ -349,14 +339,6 @@ impl Remote {
     pub(crate) const fn health(&self) -> &Health {
         &self.health
     }
-}
-
-fn tick(flight: &mut Flight, around: &mut Surroundings<'_>) -> Vec<Order> {
-    for instance in around.health.tick(around.now) {
-        tracing::warn!(%instance, "expert server is silent: ejected");
-        flight.note_ejection(&instance, "silent", around.now);
-    }
-    flight.tick(around)
 }
 
 #[expect(clippy::disallowed_methods, reason = "waiting for the network is an edge")]

@@ -212,6 +212,7 @@ mod tests {
             wire: Wire::F32,
             chunk_rows_max: 3,
             step_rows_max: 5,
+            half_batches: crate::args::HalfBatches::Measured,
             n_pages,
             page_positions: 4,
             context_max: 100,

@@ -59,10 +59,12 @@ impl Trail {
     }
 }
 
-/// What one layer did.
+/// What one layer did with one batch of a step. While one waits for its experts, the other's layer may be attended to.
 #[derive(Debug)]
 pub(crate) struct LayerLog {
     pub(crate) layer: LayerId,
+    /// Of the step.
+    pub(crate) rows: Range<usize>,
     pub(crate) started: Instant,
     pub(crate) attended: Instant,
     /// Of layers with routed experts.
@@ -208,7 +210,8 @@ impl Writer<'_> {
         }
         let mut n_spans = 1;
         if part.trail.n_spans < SPANS_PER_REQUEST_MAX {
-            for layer in step.layers {
+            let overlaps = |of: &Range<usize>| of.start < part.rows.end && part.rows.start < of.end;
+            for layer in step.layers.iter().filter(|layer| overlaps(&layer.rows)) {
                 n_spans += self.layer(layer, &context, &part);
             }
         } else {

@@ -112,6 +112,12 @@ pub(crate) struct Log {
 }
 
 impl Log {
+    /// The rows of its frames become those of a step in which the flight's first one is row `first`.
+    pub(crate) fn of_rows_from(&mut self, first: usize) {
+        let rows = self.attempts.iter_mut().flat_map(|attempt| &mut attempt.rows);
+        rows.for_each(|row| *row += first);
+    }
+
     pub(super) fn end(&mut self, attempt_idx: usize, at: Instant, ending: Ending) {
         let attempt = &mut self.attempts[attempt_idx];
         attempt.ended_at = Some(at);

@@ -1,4 +1,5 @@
-//! The router: one layer after the other through the real dispatch, and what every layer must come to.
+//! The router: one layer after the other through the real dispatch, with one batch or with two half-batches, and what every
+//! layer must come to.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -17,8 +18,14 @@ use super::{
 use crate::{
     combine::combine,
     dispatch::tests::activations,
-    flight::{Counts, Flight, FrameIds, Order, Surroundings, note_late, tests::expected_of},
+    flight::{
+        Counts, FrameIds, Order, Surroundings,
+        aloft::{Aloft, Ticket},
+        tests::expected_of,
+    },
 };
+
+pub(super) const N_BATCHES_MAX: usize = 2;
 
 pub(super) struct Router {
     members: Members,
@@ -28,17 +35,18 @@ pub(super) struct Router {
     counts: Counts,
     /// By instance: which server it is.
     server_of: HashMap<InstanceId, usize>,
-    flight: Option<Flying>,
+    aloft: Aloft,
+    halves: [Half; N_BATCHES_MAX],
     turn: u64,
-    /// How long the rows of this layer have been tried.
-    trying_since: Option<Duration>,
-    chosen: Vec<u32>,
     n_landed_mended: usize,
 }
 
-struct Flying {
-    flight: Flight,
-    launched: Duration,
+#[derive(Default)]
+struct Half {
+    flying: Option<(Ticket, Duration)>,
+    /// How long the rows of this layer have been tried.
+    trying_since: Option<Duration>,
+    chosen: Vec<u32>,
 }
 
 /// Longer than this no flight may take while every server that matters works: several hedges and failovers.
@@ -61,10 +69,9 @@ impl Router {
             ids: FrameIds::default(),
             counts: Counts::default(),
             server_of: HashMap::new(),
-            flight: None,
+            aloft: Aloft::default(),
+            halves: Default::default(),
             turn: 0,
-            trying_since: None,
-            chosen: Vec::new(),
             n_landed_mended: 0,
         }
     }
@@ -79,7 +86,7 @@ impl Router {
 }
 
 impl World {
-    fn with_router<T>(&mut self, decide: impl FnOnce(&mut Surroundings<'_>, &mut Option<Flying>) -> T) -> T {
+    fn with_router<T>(&mut self, decide: impl FnOnce(&mut Aloft, &mut Surroundings<'_>) -> T) -> T {
         let now = self.now();
         let router = &mut self.router;
         router.health.follow(router.table.holders().map(|holder| &holder.instance), now);
@@ -92,7 +99,7 @@ impl World {
             heard_at: now,
             dispatch_timeout: DISPATCH_TIMEOUT,
         };
-        decide(&mut around, &mut router.flight)
+        decide(&mut router.aloft, &mut around)
     }
 
     fn join(&mut self, server: usize) {
@@ -111,7 +118,7 @@ impl World {
             Ok(table) => self.router.table = table,
             Err(error) => self.violation(error.to_string()),
         }
-        self.look_at_flight();
+        self.look_aloft();
     }
 
     pub(super) fn connect(&mut self, server: usize) {
@@ -160,15 +167,13 @@ impl World {
                 self.router.table = table;
             }
             let error = Error::new(Code::Unavailable, "stream_ended", "the link broke");
-            let orders = self.with_router(|around, flying| {
-                flying.as_mut().map(|flying| flying.flight.lose_holder(&instance, &error, around))
-            });
+            let orders = self.with_router(|aloft, around| aloft.lose_holder(&instance, &error, around));
             self.router.health.leave(&instance);
-            self.send(orders.unwrap_or_default());
+            self.send(orders);
         }
         let pause = self.dice.micros(1_000, 50_000);
         self.after(pause, Event::Connect { server });
-        self.look_at_flight();
+        self.look_aloft();
     }
 
     fn send(&mut self, orders: Vec<Order>) {
@@ -184,11 +189,9 @@ impl World {
                 Some(server) => self.carry_frame(server, frame),
                 None => {
                     let error = Error::new(Code::Unavailable, "link_down", "no link");
-                    let more = self.with_router(|around, flying| {
-                        flying.as_mut().map(|flying| flying.flight.lose_holder(&holder, &error, around))
-                    });
+                    let more = self.with_router(|aloft, around| aloft.lose_holder(&holder, &error, around));
                     orders.retain(|order| order.holder != holder);
-                    orders.extend(more.unwrap_or_default());
+                    orders.extend(more);
                 }
             }
         }
@@ -206,23 +209,14 @@ impl World {
             );
         }
         let instance = state.instance();
-        let orders = self.with_router(|around, flying| match flying {
-            Some(flying) => flying.flight.accept(&instance, reply, around).unwrap_or_default(),
-            None => {
-                note_late(&instance, &reply, around);
-                Vec::new()
-            }
-        });
+        let orders = self.with_router(|aloft, around| aloft.accept(&instance, reply, around));
         self.send(orders);
-        self.look_at_flight();
+        self.look_aloft();
     }
 
     pub(super) fn router_wakes(&mut self, turn: u64) {
         if turn != self.router.turn {
             return;
-        }
-        if self.router.flight.is_none() {
-            return self.launch();
         }
         let now = self.now();
         for instance in self.router.health.mute(now) {
@@ -232,74 +226,78 @@ impl World {
                 self.after(Duration::from_micros(10), Event::LinkBreaks { server, link });
             }
         }
-        let orders = self.with_router(|around, flying| {
-            around.health.tick(around.now);
-            flying.as_mut().map(|flying| flying.flight.tick(around)).unwrap_or_default()
-        });
+        let orders = self.with_router(Aloft::tick);
         self.send(orders);
-        self.look_at_flight();
+        self.look_aloft();
     }
 
-    fn launch(&mut self) {
-        if self.router.trying_since.is_none() {
-            self.router.trying_since = Some(self.at);
+    pub(super) fn launch(&mut self, half: usize) {
+        if self.router.halves[half].trying_since.is_none() {
             let n_rows = 1 + self.dice.below(5);
             // Two different experts a row, as a gate would choose.
-            self.router.chosen = (0..n_rows)
-                .flat_map(|_| {
-                    let first = self.dice.below(N_EXPERTS as usize);
-                    let second = (first + 1 + self.dice.below(N_EXPERTS as usize - 1)) % N_EXPERTS as usize;
-                    [first as u32, second as u32]
-                })
-                .collect();
+            let chosen = (0..n_rows).flat_map(|_| {
+                let first = self.dice.below(N_EXPERTS as usize);
+                let second = (first + 1 + self.dice.below(N_EXPERTS as usize - 1)) % N_EXPERTS as usize;
+                [first as u32, second as u32]
+            });
+            self.router.halves[half].chosen = chosen.collect();
+            self.router.halves[half].trying_since = Some(self.at);
         }
         let mode = match self.dice.below(3) {
             0 => Combine::Pairs,
             _ => Combine::Exact(Grid { exponent: -10, contribution_max: 1e6 }),
         };
-        let activations = activations(&self.router.chosen);
+        let activations = activations(&self.router.halves[half].chosen);
         let n_rows = activations.n_rows();
-        let launched = self.at;
-        let orders = self.with_router(|around, flying| {
-            let (flight, orders) = Flight::launch(activations, 0..n_rows, mode, around);
-            *flying = Some(Flying { flight, launched });
-            orders
-        });
+        let (ticket, orders) =
+            self.with_router(|aloft, around| aloft.launch(activations, 0..n_rows, mode, around));
+        self.router.halves[half].flying = Some((ticket, self.at));
         self.send(orders);
-        self.look_at_flight();
+        self.look_aloft();
     }
 
-    /// Ends the flight if it is home; else wakes up when it has something to do.
-    fn look_at_flight(&mut self) {
-        let orders = self.with_router(|around, flying| {
-            flying.as_mut().map(|flying| flying.flight.look_again(around)).unwrap_or_default()
-        });
+    /// Ends the flights that are home; wakes up when the others have something to do.
+    fn look_aloft(&mut self) {
+        let orders = self.with_router(Aloft::look_again);
         self.send(orders);
-        let Some(flying) = &self.router.flight else { return };
         self.router.turn += 1;
         let turn = self.router.turn;
-        if !flying.flight.is_home() {
-            if self.with_router(|around, flying| {
-                flying.as_ref().is_some_and(|flying| flying.flight.waits_in_vain(around))
-            }) {
-                self.violation(
-                    "an ejected server is waited for although others could do its work".to_owned(),
-                );
+        let mut is_aloft = false;
+        for half in 0..N_BATCHES_MAX {
+            let flying = self.router.halves[half].flying.take();
+            match flying {
+                Some((ticket, launched)) if self.router.aloft.is_home(&ticket) => {
+                    self.land(half, ticket, launched);
+                }
+                Some((ticket, launched)) => {
+                    is_aloft = true;
+                    if self.with_router(|aloft, around| aloft.flight(&ticket).waits_in_vain(around)) {
+                        self.violation(
+                            "an ejected server is waited for although others could do its work".to_owned(),
+                        );
+                    }
+                    self.router.halves[half].flying = Some((ticket, launched));
+                }
+                None => {}
             }
-            let Some(flying) = &self.router.flight else { return };
-            let wakes = [flying.flight.next_tick(), self.router.health.next_tick()];
-            if let Some(at) = wakes.into_iter().flatten().min() {
+        }
+        let wakes = [self.router.aloft.next_tick(), self.router.health.next_tick()];
+        match wakes.into_iter().flatten().min() {
+            Some(at) if is_aloft => {
                 let wait = at.saturating_duration_since(self.now()).max(Duration::from_micros(1));
                 self.after(wait, Event::RouterWakes { turn });
-            } else {
-                self.violation("a flight waits for nothing".to_owned());
             }
-            return;
+            None if is_aloft => self.violation("a flight waits for nothing".to_owned()),
+            Some(_) | None => {}
         }
-        let Some(Flying { flight, launched }) = self.router.flight.take() else { return };
+    }
+
+    fn land(&mut self, half: usize, ticket: Ticket, launched: Duration) {
         let took = self.at - launched;
-        let combined = combine(flight.land(), vec![0.0; self.router.chosen.len()]);
-        let expected = expected_of(&self.router.chosen);
+        let landed = self.router.aloft.land(ticket);
+        let chosen = std::mem::take(&mut self.router.halves[half].chosen);
+        let combined = combine(landed, vec![0.0; chosen.len()]);
+        let expected = expected_of(&chosen);
         for row in 0..expected.len() / 2 {
             let range = row * 2..row * 2 + 2;
             if !combined.lost.contains_key(&row) && combined.update[range.clone()] != expected[range.clone()]
@@ -310,8 +308,9 @@ impl World {
         }
         let is_calm = self.at >= MENDED;
         let n_lost = combined.lost.len();
-        let chosen = self.router.chosen.len() / 2;
-        self.note(|| format!("{chosen} rows landed in {took:?}, {n_lost} lost"));
+        let n_rows = chosen.len() / 2;
+        self.router.halves[half].chosen = chosen;
+        self.note(|| format!("{n_rows} rows landed in {took:?}, {n_lost} lost"));
         if took > DISPATCH_TIMEOUT * 3 {
             self.violation(format!("a flight took {took:?}"));
         }
@@ -319,7 +318,7 @@ impl World {
             self.violation(format!("a flight took {took:?} although every server works"));
         }
         let wait = if combined.lost.is_empty() {
-            self.router.trying_since = None;
+            self.router.halves[half].trying_since = None;
             self.router.n_landed_mended += usize::from(self.is_mended());
             // Few layers are enough to see that it works again.
             if self.is_mended() { Duration::from_millis(10) } else { Duration::from_micros(300) }
@@ -333,10 +332,11 @@ impl World {
             RETRY_AFTER
         };
         // A server that works, and holds what is asked for, is found.
-        if is_calm && self.router.trying_since.is_some_and(|since| self.at - since > Duration::from_secs(1)) {
+        let trying_since = self.router.halves[half].trying_since;
+        if is_calm && trying_since.is_some_and(|since| self.at - since > Duration::from_secs(1)) {
             self.violation("a layer has been tried for a second".to_owned());
         }
         let pause = self.dice.micros(1, 500);
-        self.after(wait + pause, Event::RouterWakes { turn });
+        self.after(wait + pause, Event::Launch { half });
     }
 }

@@ -14,7 +14,7 @@ use rand_chacha::{
 };
 use twox_hash::XxHash3_64;
 
-use super::{END, FAULTS, faults::Network, registry::Registry, router::Router, server::Server};
+use super::{END, FAULTS, faults::Network, registry::Registry, router::{N_BATCHES_MAX, Router}, server::Server};
 use crate::dispatch::tests::any_instant;
 
 #[derive(Debug)]
@@ -40,6 +40,10 @@ pub(super) enum Event {
     },
     RouterWakes {
         turn: u64,
+    },
+    /// A half-batch comes to its next layer, or tries its last one again.
+    Launch {
+        half: usize,
     },
     Fault,
     Mend {
@@ -124,7 +128,11 @@ impl World {
         }
         world.after(Duration::from_millis(2), Event::LeaderLooks { leader: 0 });
         world.after(Duration::from_millis(10), Event::RegistryTicks);
-        world.after(Duration::from_millis(50), Event::RouterWakes { turn: 0 });
+        // With one batch, or with two that take turns.
+        let n_batches = 1 + world.dice.below(N_BATCHES_MAX);
+        for half in 0..n_batches {
+            world.after(Duration::from_millis(50), Event::Launch { half });
+        }
         world.after(Duration::from_millis(100), Event::Fault);
         world
     }
@@ -178,6 +186,7 @@ impl World {
             Event::LinkBreaks { server, link } => self.link_breaks(server, link),
             Event::Connect { server } => self.connect(server),
             Event::RouterWakes { turn } => self.router_wakes(turn),
+            Event::Launch { half } => self.launch(half),
             Event::Fault => self.fault(),
             Event::Mend { server, what } => self.mend(server, what),
             Event::Restart { server } => self.restart(server),

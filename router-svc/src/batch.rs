@@ -1,0 +1,131 @@
+//! A step's rows, and the batches in which they go through the layers.
+
+use std::ops::Range;
+
+use ids::{ExpertId, LayerId, RowIndex};
+use model::Span;
+
+use crate::{
+    combine::Combined,
+    dispatch::{Activations, Traced},
+    forward::Fate,
+    sequence::Participants,
+};
+
+/// One step's rows, the sequences' spans over them and who worked on each.
+pub(crate) struct Step<'a> {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) spans: Vec<Span<'a>>,
+    pub(crate) participants: Vec<&'a mut Participants>,
+    /// Whose servers record it.
+    pub(crate) traced: Traced,
+}
+
+/// Rows that go through the layers together: all of a step, or a half of it. A span that is cut has one fate and one list of
+/// participants.
+pub(crate) struct Batch<'a> {
+    /// Of the step. Whatever else speaks of rows here counts from the first of these.
+    pub(crate) rows: Range<usize>,
+    pub(crate) spans: Vec<Span<'a>>,
+    /// Which one of the step's spans the first one here is, or is of.
+    first_span: usize,
+    pub(crate) traced: Traced,
+    /// `[rows, hidden]`
+    pub(crate) hidden: Vec<f32>,
+}
+
+impl<'a> Step<'a> {
+    /// Its rows in so many equal parts, in their order.
+    pub(crate) fn batches(&self, n: usize, embed: impl Fn(&[u32]) -> Vec<f32>) -> Vec<Batch<'a>> {
+        let start = |part| part * self.ids.len() / n;
+        (0..n).map(|part| self.batch(start(part)..start(part + 1), &embed)).collect()
+    }
+
+    fn batch(&self, rows: Range<usize>, embed: impl Fn(&[u32]) -> Vec<f32>) -> Batch<'a> {
+        let here = |of: &Range<usize>| {
+            let (start, end) = (of.start.max(rows.start), of.end.min(rows.end));
+            (start < end).then(|| start - rows.start..end - rows.start)
+        };
+        let span = |span: &Span<'a>| {
+            let of_batch = here(&span.rows)?;
+            let position = span.position + (rows.start + of_batch.start - span.rows.start);
+            Some(Span { rows: of_batch, position, pages: span.pages })
+        };
+        let traced = self.traced.iter().filter_map(|(rows, context)| Some((here(rows)?, *context)));
+        Batch {
+            first_span: self.spans.partition_point(|span| span.rows.end <= rows.start),
+            spans: self.spans.iter().filter_map(span).collect(),
+            traced: traced.collect(),
+            hidden: embed(&self.ids[rows.clone()]),
+            rows,
+        }
+    }
+}
+
+impl Batch<'_> {
+    /// Its spans, each with its place among the step's.
+    fn spans(&self) -> impl Iterator<Item = (usize, &Span<'_>)> {
+        (self.first_span..).zip(&self.spans)
+    }
+
+    /// The rows worth sending: of spans that are still whole, with finite numbers.
+    pub(crate) fn live_rows(&self, activations: &Activations, fates: &mut [Fate]) -> Vec<usize> {
+        let mut rows = Vec::with_capacity(activations.n_rows());
+        for (at, span) in self.spans() {
+            if !matches!(fates[at], Fate::Done) {
+                continue;
+            }
+            if span.rows.clone().any(|row| !model::within(activations.row(row), f32::MAX)) {
+                fates[at] = Fate::NotFinite { layer: activations.layer };
+            } else {
+                rows.extend(span.rows.clone());
+            }
+        }
+        rows
+    }
+
+    pub(crate) fn note_participants(&self, activations: &Activations, step: &mut Step<'_>) {
+        let top_k = activations.top_k();
+        for (at, span) in self.spans() {
+            let chosen = &activations.assignments.experts[span.rows.start * top_k..span.rows.end * top_k];
+            step.participants[at].experts.extend(chosen.iter().map(|&expert| (activations.layer, expert)));
+        }
+    }
+
+    pub(crate) fn note_masked(
+        &self,
+        layer: LayerId,
+        masked: &[(RowIndex, ExpertId)],
+        step: &mut Step<'_>,
+    ) {
+        for (at, span) in self.spans() {
+            let of_span = masked.iter().filter(|(row, _)| span.rows.contains(&row.index()));
+            step.participants[at].masked.extend(of_span.map(|&(_, expert)| (layer, expert)));
+        }
+    }
+
+    /// Marks the spans that lost a row, and notes who served the others.
+    pub(crate) fn settle(
+        &self,
+        layer: LayerId,
+        combined: &Combined,
+        step: &mut Step<'_>,
+        fates: &mut [Fate],
+    ) {
+        for (at, span) in self.spans() {
+            let participants = &mut *step.participants[at];
+            for (holder, rows) in &combined.served {
+                if !participants.servers.contains(holder) && rows.iter().any(|row| span.rows.contains(row)) {
+                    participants.servers.insert(holder.clone());
+                }
+            }
+            let lost = combined.lost.range(span.rows.clone());
+            let mut experts: Vec<ExpertId> = lost.flat_map(|(_, experts)| experts.iter().copied()).collect();
+            if !experts.is_empty() {
+                experts.sort_unstable();
+                experts.dedup();
+                fates[at] = Fate::Missing { layer, experts, last_failure: combined.last_failure.clone() };
+            }
+        }
+    }
+}
