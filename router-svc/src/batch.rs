@@ -92,12 +92,7 @@ impl Batch<'_> {
         }
     }
 
-    pub(crate) fn note_masked(
-        &self,
-        layer: LayerId,
-        masked: &[(RowIndex, ExpertId)],
-        step: &mut Step<'_>,
-    ) {
+    pub(crate) fn note_masked(&self, layer: LayerId, masked: &[(RowIndex, ExpertId)], step: &mut Step<'_>) {
         for (at, span) in self.spans() {
             let of_span = masked.iter().filter(|(row, _)| span.rows.contains(&row.index()));
             step.participants[at].masked.extend(of_span.map(|&(_, expert)| (layer, expert)));
@@ -127,5 +122,50 @@ impl Batch<'_> {
                 fates[at] = Fate::Missing { layer, experts, last_failure: combined.last_failure.clone() };
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ids::PageIndex;
+    use telemetry::trace::{Context, new_span_id, new_trace_id};
+
+    use super::*;
+
+    #[test]
+    fn halves_cut_spans_where_they_must() {
+        const PAGES: &[PageIndex] = &[PageIndex(3), PageIndex(1)];
+        let span = |rows, position| Span { rows, position, pages: PAGES };
+        let context =
+            |_| Context { trace_id: new_trace_id(), span_id: new_span_id(), sampled: true, full: false };
+        let contexts: [Context; 2] = std::array::from_fn(context);
+        let step = Step {
+            ids: (10..17).collect(),
+            spans: vec![span(0..1, 40), span(1..6, 7), span(6..7, 0)],
+            participants: Vec::new(),
+            traced: [(1..6, contexts[0]), (6..7, contexts[1])].into(),
+        };
+        let batches = step.batches(2, |ids| ids.iter().map(|&id| id as f32).collect());
+        let told: Vec<_> = batches
+            .iter()
+            .map(|batch| {
+                let spans = batch.spans().map(|(at, span)| (at, span.rows.clone(), span.position));
+                let traced = batch.traced.iter().map(|(rows, context)| (rows.clone(), context.trace_id));
+                (batch.rows.clone(), batch.hidden.clone(), spans.collect(), traced.collect())
+            })
+            .collect();
+        let [one, other] = contexts.map(|context| context.trace_id);
+        let expected: Vec<(_, _, Vec<_>, Vec<_>)> = vec![
+            (0..3, vec![10.0, 11.0, 12.0], vec![(0, 0..1, 40), (1, 1..3, 7)], vec![(1..3, one)]),
+            (
+                3..7,
+                vec![13.0, 14.0, 15.0, 16.0],
+                vec![(1, 0..3, 9), (2, 3..4, 0)],
+                vec![(0..3, one), (3..4, other)],
+            ),
+        ];
+        assert_eq!(told, expected);
+        let whole = step.batches(1, |_| Vec::new());
+        assert_eq!((whole.len(), whole[0].rows.clone(), whole[0].spans.len()), (1, 0..7, 3));
     }
 }

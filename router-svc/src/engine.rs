@@ -15,8 +15,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::{
     args::{Combine, Limits},
-    calibrate::calibrate,
     batch::Step,
+    calibrate::calibrate,
     forward::{CombineMode, Fate, Forward, forward},
     halves::Halves,
     meters::Meters,

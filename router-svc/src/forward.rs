@@ -174,7 +174,14 @@ impl Pass<'_> {
             FeedForward::Dense(mlp) => {
                 model::add(&mut batch.hidden, &mlp.apply(&normed));
                 let (rows, ended) = (batch.rows.clone(), self.remote.now());
-                self.layers.push(LayerLog { layer: layer.id(), rows, started, attended, dispatch: None, ended });
+                self.layers.push(LayerLog {
+                    layer: layer.id(),
+                    rows,
+                    started,
+                    attended,
+                    dispatch: None,
+                    ended,
+                });
                 return None;
             }
             FeedForward::Routed(moe) => moe,
@@ -208,7 +215,8 @@ impl Pass<'_> {
 
     /// Waits for the routed experts.
     fn finish(&mut self, flying: Flying, batch: &mut Batch<'_>, step: &mut Step<'_>) {
-        let Flying { ticket, layer, shared, rows_by_expert, started, attended, dispatched, shared_at } = flying;
+        let Flying { ticket, layer, shared, rows_by_expert, started, attended, dispatched, shared_at } =
+            flying;
         let landed = self.remote.land(ticket);
         let landed_at = self.remote.now();
         self.note_contributions(layer, &landed.pairs);

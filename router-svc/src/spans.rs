@@ -72,6 +72,13 @@ pub(crate) struct LayerLog {
     pub(crate) ended: Instant,
 }
 
+impl LayerLog {
+    /// How many of these rows of the step are among its own.
+    fn rows_of(&self, rows: &Range<usize>) -> usize {
+        self.rows.end.min(rows.end).saturating_sub(self.rows.start.max(rows.start))
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct DispatchLog {
     /// The gate has chosen; other threads may have begun with the shared experts.
@@ -210,8 +217,7 @@ impl Writer<'_> {
         }
         let mut n_spans = 1;
         if part.trail.n_spans < SPANS_PER_REQUEST_MAX {
-            let overlaps = |of: &Range<usize>| of.start < part.rows.end && part.rows.start < of.end;
-            for layer in step.layers.iter().filter(|layer| overlaps(&layer.rows)) {
+            for layer in step.layers.iter().filter(|layer| layer.rows_of(&part.rows) > 0) {
                 n_spans += self.layer(layer, &context, &part);
             }
         } else {
@@ -227,6 +233,7 @@ impl Writer<'_> {
         let (start, end) = (self.time(layer.started), self.time(layer.ended));
         let mut span = Finished::new(&context, parent.span_id, SpanKind::Internal, "layer", start, end)
             .with("shoal.layer", i64::from(layer.layer.0))
+            .with("shoal.rows", layer.rows_of(&part.rows) as i64)
             .with("shoal.attend_us", micros(layer.attended - layer.started));
         let mut n_spans = 1;
         if let Some(dispatch) = &layer.dispatch {

@@ -206,14 +206,27 @@ async fn check_bits(checkpoint: &Path, prompts: &[Vec<u32>], n_experts: u32) {
             ("four servers, token by token", builder().experts(4), 1, Load::Alone),
             ("four servers, token by token, batched", builder().experts(4), 1, Load::Together),
             ("a random placement", builder().placement(&lists), 19, Load::Together),
+            ("two servers, half-batches", in_halves(builder().experts(2)), 9, Load::Together),
+            ("half-batches, one alone", in_halves(builder().experts(3)), 256, Load::Alone),
             ("no server, chunks", builder().inside(), 7, Load::Together),
             ("a third of it inside", inside(builder().placement(&lists[1..]), lists[0]), 19, Load::Together),
             ("some of it inside too", inside(builder().placement(&lists), "0-3"), 64, Load::Together),
+            (
+                "half-batches, some of it inside too",
+                in_halves(inside(builder().placement(&lists), "0-3")),
+                19,
+                Load::Together,
+            ),
         ] {
             let what = format!("{} {combine}: {what}", checkpoint.display());
             assert_same_bits(&what, &run(builder, chunk, load, prompts).await, &reference);
         }
     }
+}
+
+/// Every step of more than one row.
+fn in_halves(builder: Builder) -> Builder {
+    builder.router_args(&["--half-batches", "always"])
 }
 
 /// The router holds `experts` itself.

@@ -122,3 +122,72 @@ impl Aloft {
         &self.flights[self.index(ticket)].1
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cluster::Health;
+
+    use super::*;
+    use crate::{
+        dispatch::tests::{activations, any_instant, table},
+        flight::{Counts, FrameIds, tests::serve},
+    };
+
+    #[test]
+    fn what_a_link_says_is_told_to_whom_it_concerns() {
+        let (table, now) = (table(&[("a", &[0, 1]), ("b", &[0, 1])]), any_instant());
+        let mut health = Health::new(cluster::health::Limits::default());
+        health.follow(table.holders().map(|holder| &holder.instance), now);
+        let (mut ids, mut counts) = (FrameIds::default(), Counts::default());
+        let dispatch_timeout = std::time::Duration::from_secs(30);
+        macro_rules! around {
+            () => {
+                &mut Surroundings {
+                    table: &table,
+                    health: &mut health,
+                    ids: &mut ids,
+                    counts: &mut counts,
+                    now,
+                    heard_at: now,
+                    dispatch_timeout,
+                }
+            };
+        }
+        let mut aloft = Aloft::default();
+        let (first, of_first) = aloft.launch(activations(&[0, 1]), 0..1, Combine::Fast, around!());
+        let (second, of_second) = aloft.launch(activations(&[1, 0]), 0..1, Combine::Fast, around!());
+        // The second one's come first.
+        for order in &of_second {
+            assert!(aloft.waits_for(order.frame.id));
+            let reply = serve(&order.frame, f32::MAX);
+            assert!(aloft.accept(&order.holder, reply, around!()).is_empty());
+        }
+        assert!(aloft.is_home(&second) && !aloft.is_home(&first));
+        let landed = aloft.land(second);
+        assert!(landed.lost.is_empty());
+        // Its doubled replies are nobody's.
+        for order in &of_second {
+            assert!(aloft.accept(&order.holder, serve(&order.frame, f32::MAX), around!()).is_empty());
+        }
+        assert!(!aloft.is_home(&first));
+        // Whichever frame was damaged: all that its holder owes is asked of others, for every flight.
+        let (third, of_third) = aloft.launch(activations(&[0, 1]), 0..1, Combine::Fast, around!());
+        let holder = &of_first[0].holder.clone();
+        let owed = of_first.iter().chain(&of_third).filter(|order| order.holder == *holder).count();
+        let error = Error::new(Code::Unavailable, "checksum_mismatch", "damaged");
+        let damaged =
+            Reply { id: FrameId(u64::MAX), outcome: Err(error), ..serve(&of_first[0].frame, f32::MAX) };
+        let again = aloft.accept(holder, damaged, around!());
+        assert!(again.len() == owed && again.iter().all(|order| order.holder != *holder), "{again:?}");
+        let rest = of_first.into_iter().chain(of_third).filter(|order| order.holder != *holder);
+        for order in rest.chain(again) {
+            let reply = serve(&order.frame, f32::MAX);
+            assert!(aloft.accept(&order.holder, reply, around!()).is_empty());
+        }
+        for ticket in [first, third] {
+            assert!(aloft.is_home(&ticket));
+            assert!(aloft.land(ticket).lost.is_empty());
+        }
+        assert!(aloft.next_tick().is_none());
+    }
+}

@@ -14,7 +14,13 @@ use rand_chacha::{
 };
 use twox_hash::XxHash3_64;
 
-use super::{END, FAULTS, faults::Network, registry::Registry, router::{N_BATCHES_MAX, Router}, server::Server};
+use super::{
+    END, FAULTS,
+    faults::Network,
+    registry::Registry,
+    router::{N_BATCHES_MAX, Router},
+    server::Server,
+};
 use crate::dispatch::tests::any_instant;
 
 #[derive(Debug)]

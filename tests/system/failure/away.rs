@@ -110,8 +110,19 @@ async fn streams_wait_for_an_expert_server_that_comes_back() {
 
 #[tokio::test]
 async fn a_replica_takes_over_unnoticed() {
+    check_replica("never").await;
+}
+
+/// The frames of both halves are lost with their server.
+#[tokio::test]
+async fn a_replica_takes_over_both_half_batches_unnoticed() {
+    check_replica("always").await;
+}
+
+async fn check_replica(half_batches: &str) {
     let model = needs_expert_3().write();
-    let mut cluster = Cluster::builder(&model).placement(&["0-3", "0-3"]).start().await;
+    let builder = Cluster::builder(&model).placement(&["0-3", "0-3"]);
+    let mut cluster = builder.router_args(&["--half-batches", half_batches]).start().await;
     let http = cluster.http();
     let streams = long_streams(&http, 4).await;
     cluster.experts[0].process.kill();

@@ -115,6 +115,32 @@ async fn one_request_is_one_tree_down_to_the_experts() {
     assert_eq!(trace.named("shoal-router", "queue").count(), 1);
 }
 
+/// A request that is in both half-batches has each layer twice, with the rows of either.
+#[tokio::test]
+async fn half_batches_are_told_apart() {
+    let collector = Collector::start().await;
+    let builder = Cluster::builder(&minnow()).experts(2).all_args(&["--otlp", &collector.url()]);
+    let cluster = builder.router_args(&["--half-batches", "always"]).start().await;
+    complete(&cluster.http(), &full(TRACE), TOKENS).await.ok();
+    let trace = collector.complete_trace(TRACE, is_complete).await;
+    trace.assert_is_a_tree_under(CALLER);
+    let rows = |span: &Span| span.attribute("shoal.rows").parse::<usize>().expect("a number");
+    let steps = trace.0.iter().filter(|span| matches!(span.name.as_str(), "prefill" | "decode"));
+    for step in steps.filter(|span| span.service == "shoal-router") {
+        let halves = if step.name == "prefill" { 2 } else { 1 };
+        let layers: Vec<&Span> = trace.children(step).collect();
+        assert_eq!(layers.len(), halves * (1 + MOE_LAYERS.len()), "{step:?}");
+        for layer in MOE_LAYERS {
+            let of_layer = layers.iter().filter(|span| span.attribute("shoal.layer") == layer);
+            assert_eq!(of_layer.clone().map(|span| rows(span)).sum::<usize>(), rows(step));
+            for span in of_layer {
+                let mut frames = trace.children(span).peekable();
+                assert!(frames.peek().is_some() && frames.all(|frame| rows(frame) <= rows(span)), "{span:?}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn requests_of_one_batch_keep_their_traces_apart() {
     const OTHER: &str = "1af7651916cd43dd8448eb211c80319d";
