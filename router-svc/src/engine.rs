@@ -24,7 +24,7 @@ use crate::{
     sampling::{Draw, Drawn, sample},
     scheduler::{RETRY_AFTER, Scheduled, Scheduler},
     sequence::{Event, Parked, Sequence},
-    spans::{LayerLog, Part, Policy, StepLog, Trail, Usual, record, record_queue},
+    spans::{Part, PassLog, Policy, StepLog, Trail, Usual, record, record_queue},
     stats::Stats,
 };
 
@@ -148,10 +148,10 @@ impl Engine {
         }
         let planned = self.plan(&batch, now);
         let mut result = self.forward(&batch, &planned);
-        let layers = std::mem::take(&mut result.layers);
+        let pass = std::mem::take(&mut result.pass);
         let failures: Vec<_> = result.fates.iter().map(Fate::failure).collect();
         let (finished, ended) = self.deliver(&batch, result, now);
-        self.observe(&batch, planned, failures, &layers, &view.table, (now, ended));
+        self.observe(&batch, planned, failures, &pass, &view.table, (now, ended));
         self.scheduler.remove(&finished);
         self.stats.count_step();
         Turn::Worked
@@ -201,14 +201,14 @@ impl Engine {
         batch: &[Scheduled],
         mut planned: Vec<Planned>,
         failures: Vec<Option<(&'static str, String)>>,
-        layers: &[LayerLog],
+        pass: &PassLog,
         table: &RoutingTable,
         (started, ended): (Instant, Instant),
     ) {
         self.n_steps += 1;
         let n_rows = batch.iter().map(|scheduled| scheduled.rows.len()).sum();
         let step =
-            StepLog { number: self.n_steps, started, ended, n_rows, n_sequences: batch.len(), layers, table };
+            StepLog { number: self.n_steps, started, ended, n_rows, n_sequences: batch.len(), pass, table };
         self.observers.meters.step(&step);
         let slow = self.usual.is_slow(n_rows, ended - started);
         if !self.observers.tracer.is_on() {

@@ -19,7 +19,7 @@ use crate::{
     dispatch::Activations,
     flight::aloft::Ticket,
     remote::Remote,
-    spans::{DispatchLog, LayerLog},
+    spans::{DispatchLog, LayerLog, PassLog},
 };
 
 /// How the router combines, with the grid of each layer where it needs one.
@@ -93,8 +93,7 @@ pub(crate) struct Forward {
     pub(crate) fates: Vec<Fate>,
     /// By layer: the largest weighted contribution of an expert. Only pairs show it.
     pub(crate) contribution_max: BTreeMap<LayerId, f32>,
-    /// One for each layer and batch.
-    pub(crate) layers: Vec<LayerLog>,
+    pub(crate) pass: PassLog,
 }
 
 /// All layers, with the step's rows in one batch or in two that take turns. The bits are the same: a row's do not depend on
@@ -136,7 +135,7 @@ pub(crate) fn forward(
     let mut batches = batches.into_iter().map(|batch| batch.hidden);
     let mut hidden = batches.next().unwrap_or_default();
     batches.for_each(|more| hidden.extend(more));
-    Forward { hidden, fates, contribution_max, layers }
+    Forward { hidden, fates, contribution_max, pass: PassLog { in_halves, layers } }
 }
 
 struct Pass<'a> {

@@ -51,6 +51,7 @@ pub(crate) struct Meters {
     step: Histogram,
     step_rows: Histogram,
     step_sequences: Histogram,
+    halved: Counter,
     layers: HashMap<LayerId, Layer>,
     frames: Vec<(Kind, Counter)>,
     failures: Vec<(&'static str, Counter)>,
@@ -130,6 +131,7 @@ impl Meters {
             step: metrics.histogram(&names::ROUTER_STEP),
             step_rows: metrics.histogram(&names::ROUTER_STEP_ROWS),
             step_sequences: metrics.histogram(&names::ROUTER_STEP_SEQUENCES),
+            halved: metrics.counter(&names::ROUTER_HALVED),
             layers,
             frames: Kind::ALL.map(kind).to_vec(),
             failures: FAILURE_REASONS.map(failure).to_vec(),
@@ -149,7 +151,8 @@ impl Meters {
         self.step.observe((step.ended - step.started).as_secs_f64());
         self.step_rows.observe(step.n_rows as f64);
         self.step_sequences.observe(step.n_sequences as f64);
-        step.layers.iter().for_each(|layer| self.layer(layer));
+        self.halved.inc_by(u64::from(step.pass.in_halves));
+        step.pass.layers.iter().for_each(|layer| self.layer(layer));
     }
 
     fn layer(&self, log: &LayerLog) {

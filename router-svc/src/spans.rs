@@ -59,6 +59,15 @@ impl Trail {
     }
 }
 
+/// How a step's rows went through the layers.
+#[derive(Debug, Default)]
+pub(crate) struct PassLog {
+    /// In two half-batches.
+    pub(crate) in_halves: bool,
+    /// One for each layer and batch.
+    pub(crate) layers: Vec<LayerLog>,
+}
+
 /// What one layer did with one batch of a step. While one waits for its experts, the other's layer may be attended to.
 #[derive(Debug)]
 pub(crate) struct LayerLog {
@@ -110,7 +119,7 @@ pub(crate) struct StepLog<'a> {
     pub(crate) ended: Instant,
     pub(crate) n_rows: usize,
     pub(crate) n_sequences: usize,
-    pub(crate) layers: &'a [LayerLog],
+    pub(crate) pass: &'a PassLog,
     /// Of the step's beginning: who may have been lost meanwhile is in it.
     pub(crate) table: &'a RoutingTable,
 }
@@ -160,6 +169,7 @@ pub(crate) fn record(tracer: &Tracer, step: &StepLog<'_>, slow: bool, parts: Vec
     .with("shoal.step", step.number as i64)
     .with("shoal.rows", step.n_rows as i64)
     .with("shoal.sequences", step.n_sequences as i64)
+    .with("shoal.half_batches", step.pass.in_halves)
     .with("shoal.slow", slow);
     for context in &recorded {
         span = span.with_link(context);
@@ -187,7 +197,7 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn is_remarkable(&self, part: &Part<'_>) -> bool {
-        let flights = self.step.layers.iter().filter_map(|layer| layer.dispatch.as_ref());
+        let flights = self.step.pass.layers.iter().filter_map(|layer| layer.dispatch.as_ref());
         let mut attempts = flights.flat_map(|dispatch| &dispatch.log.attempts);
         attempts.any(|attempt| attempt.is_remarkable() && touches(attempt, &part.rows))
     }
@@ -217,7 +227,7 @@ impl Writer<'_> {
         }
         let mut n_spans = 1;
         if part.trail.n_spans < SPANS_PER_REQUEST_MAX {
-            for layer in step.layers.iter().filter(|layer| layer.rows_of(&part.rows) > 0) {
+            for layer in step.pass.layers.iter().filter(|layer| layer.rows_of(&part.rows) > 0) {
                 n_spans += self.layer(layer, &context, &part);
             }
         } else {

@@ -122,6 +122,8 @@ catalogue! {
         "Rows of a step: tokens computed together";
     ROUTER_STEP_SEQUENCES = "shoal_router_step_sequences", Histogram(COUNTS), Router, [],
         "Sequences of a step: the batch size";
+    ROUTER_HALVED = "shoal_router_steps_halved_total", Counter, Router, [],
+        "Steps computed in two half-batches, one of which attends while the other's experts work";
     ROUTER_TOKENS = "shoal_router_generation_tokens_total", Counter, Router, [],
         "Tokens drawn";
     ROUTER_PREEMPTIONS = "shoal_router_preemptions_total", Counter, Router, [],
@@ -133,7 +135,7 @@ catalogue! {
     ROUTER_PAGES_IN_USE = "shoal_router_kv_pages_in_use", Gauge, Router, [],
         "Pages that sequences hold";
     ROUTER_DISPATCH = "shoal_router_dispatch_seconds", Histogram(SHORT), Router, ["layer"],
-        "From a layer's dispatch until every row is home: what the layer waits for its experts, shared experts included";
+        "From a layer's dispatch until every row is home: what a batch waits for its experts, shared experts (and the other half-batch) included";
     ROUTER_DISPATCH_BYTES = "shoal_router_dispatch_bytes_total", Counter, Router, ["layer", "direction"],
         "Bytes of activations sent to expert servers (out) and back (in)";
     ROUTER_FRAME = "shoal_router_frame_seconds", Histogram(SHORT), Router, ["server"],

@@ -13,13 +13,13 @@ use crate::{
 
 /// One scrape: series → value, and the type of each metric.
 #[derive(Debug, Default)]
-struct Scrape {
+pub(super) struct Scrape {
     series: BTreeMap<String, f64>,
     types: BTreeMap<String, String>,
 }
 
 impl Scrape {
-    async fn of(member: &Member) -> Self {
+    pub(super) async fn of(member: &Member) -> Self {
         let response = Http { address: member.address }.get("/metrics").await;
         assert_eq!(response.status, 200);
         assert!(
@@ -45,7 +45,7 @@ impl Scrape {
     }
 
     #[track_caller]
-    fn value(&self, series: &str) -> f64 {
+    pub(super) fn value(&self, series: &str) -> f64 {
         *self.series.get(series).unwrap_or_else(|| panic!("no {series} in {:#?}", self.series.keys()))
     }
 }

@@ -11,7 +11,7 @@ use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{CALLER, TRACE, body, complete, full};
+use super::{CALLER, TRACE, body, complete, full, metrics::Scrape};
 use crate::{
     fixtures::minnow,
     harness::{
@@ -139,6 +139,9 @@ async fn half_batches_are_told_apart() {
             }
         }
     }
+    cluster.idle().await;
+    let steps = Scrape::of(&cluster.router).await.value("shoal_router_steps_halved_total");
+    assert!((steps - 1.0).abs() < f64::EPSILON, "{steps}");
 }
 
 #[tokio::test]
