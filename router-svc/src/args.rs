@@ -51,7 +51,8 @@ pub enum OnMissingExpert {
 /// Whether the rows of a step go through the layers in two half-batches, of which one attends while the other's experts work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum HalfBatches {
-    /// By steps of about the same size, where it measures faster; never while all servers are on this host.
+    /// By steps of about the same size, from 8 rows on, where it measures faster; never while all servers are known to be on
+    /// this host.
     Measured,
     Always,
     Never,

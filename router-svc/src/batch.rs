@@ -116,7 +116,8 @@ impl Batch<'_> {
             }
             let lost = combined.lost.range(span.rows.clone());
             let mut experts: Vec<ExpertId> = lost.flat_map(|(_, experts)| experts.iter().copied()).collect();
-            if !experts.is_empty() {
+            // The first loss of a span that is cut counts: its other half may have been in the air.
+            if !experts.is_empty() && matches!(fates[at], Fate::Done) {
                 experts.sort_unstable();
                 experts.dedup();
                 fates[at] = Fate::Missing { layer, experts, last_failure: combined.last_failure.clone() };
@@ -128,9 +129,43 @@ impl Batch<'_> {
 #[cfg(test)]
 mod tests {
     use ids::PageIndex;
+    use proto::Error;
     use telemetry::trace::{Context, new_span_id, new_trace_id};
 
     use super::*;
+    use crate::{dispatch::tests::activations, flight::log::Log};
+
+    /// What was lost of a cut span's first half first: its second half is not sent any more, and the others' are.
+    #[test]
+    fn a_cut_span_has_one_fate() {
+        let span = |rows, position| Span { rows, position, pages: &[] };
+        let (mut one, mut other) = (Participants::default(), Participants::default());
+        let mut step = Step {
+            ids: vec![0; 6],
+            spans: vec![span(0..4, 0), span(4..6, 0)],
+            participants: vec![&mut one, &mut other],
+            traced: Traced::default(),
+        };
+        let [first, second] = step.batches(2, |_| Vec::new()).try_into().unwrap_or_else(|_| panic!("two"));
+        let mut fates = [Fate::Done, Fate::Done];
+        let lost = |expert, failure: &str| Combined {
+            update: Vec::new(),
+            lost: [(0, vec![ExpertId(expert)])].into(),
+            served: vec![("a".into(), vec![1])],
+            last_failure: Some(Error::internal(failure)),
+            log: Log::default(),
+        };
+        first.settle(LayerId(3), &lost(7, "first"), &mut step, &mut fates);
+        // Rows 3 to 5 of the step: the first is of the span that is lost.
+        assert_eq!(second.live_rows(&activations(&[0, 1, 1, 2, 0, 3]), &mut fates), [1, 2]);
+        second.settle(LayerId(2), &lost(9, "second"), &mut step, &mut fates);
+        let [Fate::Missing { layer, experts, last_failure }, Fate::Done] = &fates else {
+            panic!("{fates:?}")
+        };
+        assert_eq!((*layer, &experts[..]), (LayerId(3), &[ExpertId(7)][..]));
+        assert!(last_failure.as_ref().is_some_and(|error| error.message == "first"));
+        assert!(step.participants.iter().all(|participants| participants.servers.len() == 1));
+    }
 
     #[test]
     fn halves_cut_spans_where_they_must() {

@@ -141,9 +141,11 @@ impl Engine {
         }
         let batch = self.scheduler.schedule(now, &view.table);
         if batch.is_empty() {
-            let late = self.remote.hear_all();
+            self.remote.hear_all();
             self.remote.give_up_mute();
-            let waits = late || self.scheduler.n_waiting() > 0 || !self.scheduler.running().is_empty();
+            let waits = self.remote.is_owed()
+                || self.scheduler.n_waiting() > 0
+                || !self.scheduler.running().is_empty();
             return if waits { Turn::Waiting } else { Turn::Idle };
         }
         let planned = self.plan(&batch, now);
@@ -267,13 +269,19 @@ impl Engine {
                 .map(|(scheduled, planned)| (scheduled.rows.clone(), planned.trail.context))
                 .collect(),
         };
-        let n_rows = step.ids.len();
-        let in_halves = self.halves.choose(n_rows, self.remote.is_elsewhere());
+        let with_prompt = step.spans.iter().any(|span| span.rows.len() > 1);
+        let choice = self.halves.choose(step.ids.len(), with_prompt, self.remote.is_elsewhere());
         let began = self.remote.now();
-        let result =
-            forward(&self.backbone, &mut step, &mut self.pages, &mut self.remote, &self.mode, in_halves);
+        let result = forward(
+            &self.backbone,
+            &mut step,
+            &mut self.pages,
+            &mut self.remote,
+            &self.mode,
+            choice.in_halves,
+        );
         if result.fates.iter().all(|fate| matches!(fate, Fate::Done)) {
-            self.halves.note(n_rows, in_halves, self.remote.now().saturating_duration_since(began));
+            self.halves.note(choice, self.remote.now().saturating_duration_since(began));
         }
         for (scheduled, participants) in batch.iter().zip(participants) {
             self.scheduler.running_mut(scheduled.sequence).participants = participants;

@@ -15,7 +15,7 @@ pub(crate) const NOT_NEEDED: &str = "not_needed";
 pub(crate) struct Inside {
     instance: InstanceId,
     shard: Arc<Shard>,
-    /// Ordered and not computed yet, and since when: empty when a flight has landed.
+    /// Ordered and not computed yet, and since when: empty when the last flight has landed.
     due: VecDeque<(Frame, Instant)>,
 }
 

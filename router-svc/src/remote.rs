@@ -132,7 +132,7 @@ impl Remote {
         self.view.load().table.missing_of(layer, n_experts)
     }
 
-    /// True if some experts are computed on another host.
+    /// True if some server may be on another host.
     pub(crate) fn is_elsewhere(&self) -> bool {
         self.view.load().links.values().any(|way| way.elsewhere)
     }
@@ -199,9 +199,16 @@ impl Remote {
     /// Waits until every row of that flight is home or lost.
     pub(crate) fn land(&mut self, ticket: Ticket) -> Landed {
         loop {
-            self.compute_inside();
+            // What was heard may have ejected somebody whom this flight, too, waits for.
+            self.order(Aloft::look_again);
+            self.compute_inside(&ticket);
             if self.aloft.is_home(&ticket) {
-                return self.aloft.land(ticket);
+                let landed = self.aloft.land(ticket);
+                if !self.aloft.is_empty() {
+                    // The other half's frames go on, and its replies are read, while this one attends.
+                    self.event_loop.hand_over();
+                }
+                return landed;
             }
             let wake_at = [self.aloft.next_tick(), self.health.next_tick()].into_iter().flatten().min();
             let began = now();
@@ -224,7 +231,6 @@ impl Remote {
                 self.give_up_mute();
                 self.order(Aloft::tick);
             }
-            self.order(Aloft::look_again);
         }
     }
 
@@ -232,15 +238,16 @@ impl Remote {
         self.inside.as_ref().is_some_and(|inside| inside.instance() == holder)
     }
 
-    /// Computes the frames of the experts in this process. Between two of them that is heard which the links have read: with
-    /// large frames, their caretaker reads meanwhile.
-    fn compute_inside(&mut self) {
+    /// Computes the frames of the experts in this process; the other half's are left to it. Between two of them that is heard
+    /// which the links have read: with large frames, their caretaker reads meanwhile.
+    fn compute_inside(&mut self, ticket: &Ticket) {
         let Some(inside) = &self.inside else { return };
         if inside.due().any(is_large) && !self.view.load().links.is_empty() {
             self.event_loop.hand_over();
         }
-        while let Some((instance, reply)) =
-            self.inside.as_mut().and_then(|inside| inside.reply(|frame| self.aloft.waits_for(frame), now))
+        while !(self.aloft.is_home(ticket) && self.aloft.has_others(ticket))
+            && let Some((instance, reply)) =
+                self.inside.as_mut().and_then(|inside| inside.reply(|frame| self.aloft.waits_for(frame), now))
         {
             self.hear(LinkEvent::Reply { instance, reply, at: now() });
             self.hear_all();
@@ -248,11 +255,15 @@ impl Remote {
         }
     }
 
-    /// All that has come. True if more of it may come though nothing is aloft: late replies.
-    pub(crate) fn hear_all(&mut self) -> bool {
+    /// All that has come.
+    pub(crate) fn hear_all(&mut self) {
         while let Ok(event) = self.events.try_recv() {
             self.hear(event);
         }
+    }
+
+    /// True if replies may come, also if nobody waits for them any more.
+    pub(crate) fn is_owed(&self) -> bool {
         self.health.is_owed()
     }
 

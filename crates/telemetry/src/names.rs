@@ -135,13 +135,13 @@ catalogue! {
     ROUTER_PAGES_IN_USE = "shoal_router_kv_pages_in_use", Gauge, Router, [],
         "Pages that sequences hold";
     ROUTER_DISPATCH = "shoal_router_dispatch_seconds", Histogram(SHORT), Router, ["layer"],
-        "From a layer's dispatch until every row is home: what a batch waits for its experts, shared experts (and the other half-batch) included";
+        "From a layer's dispatch until every row is home: shared experts included. In half-batches also what the other one computes meanwhile, which is no wait then";
     ROUTER_DISPATCH_BYTES = "shoal_router_dispatch_bytes_total", Counter, Router, ["layer", "direction"],
         "Bytes of activations sent to expert servers (out) and back (in)";
     ROUTER_FRAME = "shoal_router_frame_seconds", Histogram(SHORT), Router, ["server"],
         "Round trip of a frame that was answered, by expert server (its address)";
     ROUTER_FRAME_COMPUTE = "shoal_router_frame_compute_seconds", Histogram(SHORT), Router, ["server"],
-        "Of that, what the server itself says it computed: the difference is queue and network";
+        "Of that, what the server itself says it computed: the difference is queue and network, and until this router read the answer";
     ROUTER_FRAMES = "shoal_router_frames_total", Counter, Router, ["kind"],
         "Frames sent: first, hedge, failover, probe";
     ROUTER_FRAME_FAILURES = "shoal_router_frame_failures_total", Counter, Router, ["reason"],

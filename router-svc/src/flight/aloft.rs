@@ -48,6 +48,15 @@ impl Aloft {
         self.flights[self.index(ticket)].1.is_home()
     }
 
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.flights.is_empty()
+    }
+
+    /// True if another flight is in the air too.
+    pub(crate) fn has_others(&self, than: &Ticket) -> bool {
+        self.flights.iter().any(|(of, _)| *of != than.0)
+    }
+
     /// Ends the flight. Whatever is still outstanding counts as lost.
     pub(crate) fn land(&mut self, ticket: Ticket) -> Landed {
         self.flights.remove(self.index(&ticket)).1.land()

@@ -78,7 +78,7 @@ pub(crate) struct Attempt {
     pub(crate) kind: Kind,
     /// Why it was sent; the first ones need no reason.
     pub(crate) cause: Option<String>,
-    /// Rows of the batch, ascending.
+    /// Ascending. Of the batch; of the step once [`Log::of_rows_from`] was told where that begins.
     pub(crate) rows: Vec<usize>,
     /// Each once, ascending.
     pub(crate) experts: Vec<ExpertId>,

@@ -295,7 +295,7 @@ impl World {
     fn land(&mut self, half: usize, ticket: Ticket, launched: Duration) {
         let took = self.at - launched;
         let landed = self.router.aloft.land(ticket);
-        let chosen = std::mem::take(&mut self.router.halves[half].chosen);
+        let chosen = self.router.halves[half].chosen.clone();
         let combined = combine(landed, vec![0.0; chosen.len()]);
         let expected = expected_of(&chosen);
         for row in 0..expected.len() / 2 {
@@ -309,7 +309,6 @@ impl World {
         let is_calm = self.at >= MENDED;
         let n_lost = combined.lost.len();
         let n_rows = chosen.len() / 2;
-        self.router.halves[half].chosen = chosen;
         self.note(|| format!("{n_rows} rows landed in {took:?}, {n_lost} lost"));
         if took > DISPATCH_TIMEOUT * 3 {
             self.violation(format!("a flight took {took:?}"));

@@ -134,7 +134,7 @@ impl World {
         }
         world.after(Duration::from_millis(2), Event::LeaderLooks { leader: 0 });
         world.after(Duration::from_millis(10), Event::RegistryTicks);
-        // With one batch, or with two that take turns.
+        // With one batch, or with two, each of which launches when it likes.
         let n_batches = 1 + world.dice.below(N_BATCHES_MAX);
         for half in 0..n_batches {
             world.after(Duration::from_millis(50), Event::Launch { half });

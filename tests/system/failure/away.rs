@@ -74,9 +74,18 @@ async fn an_expert_server_with_another_checkpoint_is_never_used() {
 
 #[tokio::test]
 async fn a_killed_expert_server_fails_only_who_needs_it() {
+    check_killed("never").await;
+}
+
+#[tokio::test]
+async fn a_killed_expert_server_fails_only_who_needs_it_in_half_batches() {
+    check_killed("always").await;
+}
+
+async fn check_killed(half_batches: &str) {
     let model = needs_expert_3().write();
-    let builder = Cluster::builder(&model).placement(&["0,1", "2,3"]).router_args(&["--expert-wait", "1s"]);
-    let mut cluster = builder.start().await;
+    let flags = ["--expert-wait", "1s", "--half-batches", half_batches];
+    let mut cluster = Cluster::builder(&model).placement(&["0,1", "2,3"]).router_args(&flags).start().await;
     let http = cluster.http();
     let streams = long_streams(&http, 4).await;
     cluster.experts[1].process.kill();

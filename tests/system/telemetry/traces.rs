@@ -146,9 +146,20 @@ async fn half_batches_are_told_apart() {
 
 #[tokio::test]
 async fn requests_of_one_batch_keep_their_traces_apart() {
+    check_traces_apart("never").await;
+}
+
+/// Each is a half of its own.
+#[tokio::test]
+async fn requests_of_two_half_batches_keep_their_traces_apart() {
+    check_traces_apart("always").await;
+}
+
+async fn check_traces_apart(half_batches: &str) {
     const OTHER: &str = "1af7651916cd43dd8448eb211c80319d";
     let collector = Collector::start().await;
-    let cluster = traced_cluster(&collector, 2).await;
+    let builder = Cluster::builder(&minnow()).experts(2).all_args(&["--otlp", &collector.url()]);
+    let cluster = builder.router_args(&["--half-batches", half_batches]).start().await;
     let http = cluster.http();
     let (one, other) = (full(TRACE), full(OTHER));
     tokio::join!(complete(&http, &one, 60), complete(&http, &other, 60));
@@ -159,10 +170,14 @@ async fn requests_of_one_batch_keep_their_traces_apart() {
         for span in &trace.0 {
             assert!(!format!("{span:?}").contains(other_id), "{span:?}");
         }
-        shared += trace
-            .named("shoal-router", "decode")
-            .filter(|span| span.attribute("shoal.batch_sequences") == "2")
-            .count();
+        for step in trace.named("shoal-router", "decode") {
+            shared += usize::from(step.attribute("shoal.batch_sequences") == "2");
+            let layers =
+                trace.children(step).filter(|span| MOE_LAYERS.contains(&span.attribute("shoal.layer")));
+            for layer in layers {
+                assert!(trace.children(layer).next().is_some(), "its rows were sent: {layer:?}");
+            }
+        }
     }
     assert!(shared > 0, "they shared no step");
     let links = |span: &Span| span.links.iter().cloned().collect::<BTreeSet<_>>();
