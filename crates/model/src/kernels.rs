@@ -131,16 +131,16 @@ impl Isa {
         matches!(self, Self::Avx2)
     }
 
-    /// True if it multiplies tiles of many rows.
+    /// True if it multiplies tiles of many rows, where they are full.
     #[cfg(target_arch = "x86_64")]
     pub(crate) const fn has_tiles(self) -> bool {
         matches!(self, Self::Amx)
     }
 
-    /// True if it multiplies many rows with two panels at once.
+    /// True if it multiplies many rows with two panels at once, or those that do not fill tiles.
     #[cfg(target_arch = "x86_64")]
     pub(crate) const fn pairs_panels(self) -> bool {
-        matches!(self, Self::Avx512)
+        matches!(self, Self::Avx512 | Self::Amx)
     }
 
     #[cfg(not(target_arch = "x86_64"))]

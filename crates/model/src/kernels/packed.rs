@@ -255,7 +255,7 @@ fn add_products<const R: usize>(
 fn rows_with_two((isa, bits): (Isa, Bits), x: &Rows, first: usize, turns: [Turn<'_, '_>; 2]) {
     #[cfg(target_arch = "x86_64")]
     #[expect(unsafe_code, reason = "sound: such an `Isa` is made by `Isa::detect` alone")]
-    if isa.pairs_panels() && !x.is_few() {
+    if isa.pairs_panels() && x.group != TILE_ROWS && !x.is_few() {
         return unsafe { avx512::rows_with_turns(bits, x, first, turns) };
     }
     turns.into_iter().for_each(|turn| rows_with_panel((isa, bits), x, first, turn));

@@ -9,9 +9,10 @@ use super::{avx2, avx512};
 
 /// Rows whose blocks lie together, but for AVX2's, and few of them: they read a matrix about as fast as one row does.
 pub(super) const GROUP: usize = 8;
-/// Rows of a group where AVX-512 multiplies more than [`GROUP`] with two panels at once: at most.
+/// Rows of a group where AVX-512 multiplies more than [`GROUP`] with two panels at once: at most. With AMX those that do not fill
+/// tiles.
 pub(super) const PAIRED_ROWS: usize = 7;
-/// The same where AMX multiplies more than a group of rows.
+/// The same where AMX multiplies tiles.
 pub(super) const TILE_ROWS: usize = 16;
 /// Rows of a group with AVX2, which multiplies so many at once.
 pub(super) const WIDE_ROWS: usize = 4;
@@ -294,7 +295,7 @@ const fn group_rows(isa: Isa, n_rows: usize) -> usize {
         WIDE_ROWS
     } else if n_rows <= GROUP {
         GROUP
-    } else if isa.has_tiles() {
+    } else if isa.has_tiles() && fill_tiles(n_rows) {
         TILE_ROWS
     } else if isa.pairs_panels() {
         // As few groups as it takes, and as short as that allows; the last has what is left.
@@ -302,6 +303,12 @@ const fn group_rows(isa: Isa, n_rows: usize) -> usize {
     } else {
         GROUP
     }
+}
+
+/// True of so many rows that tiles of them are faster than the same without: two tiles at least, and of an eighth more rows at
+/// most.
+const fn fill_tiles(n_rows: usize) -> bool {
+    n_rows > TILE_ROWS && n_rows.next_multiple_of(TILE_ROWS) - n_rows <= n_rows / 8
 }
 
 /// Where a row lies in its group. A division of 32 bits: one of 64 would be noticed on older cores.

@@ -170,6 +170,8 @@ fn every_pass_begins_with_a_group() {
             assert!(pass <= ROWS_PASS + TILE_ROWS && n_rows.div_ceil(pass) <= n_rows.div_ceil(ROWS_PASS));
             if isa.widens() {
                 assert_eq!(rows.group, WIDE_ROWS);
+            } else if rows.group == TILE_ROWS {
+                assert!(isa.has_tiles() && rows.n_places.is_multiple_of(TILE_ROWS));
             } else if isa.pairs_panels() && n_rows > GROUP {
                 assert!(rows.group <= PAIRED_ROWS);
             } else {
