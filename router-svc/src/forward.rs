@@ -132,9 +132,11 @@ pub(crate) fn forward(
         }
     }
     let Pass { fates, contribution_max, layers, .. } = pass;
-    let mut batches = batches.into_iter().map(|batch| batch.hidden);
-    let mut hidden = batches.next().unwrap_or_default();
-    batches.for_each(|more| hidden.extend(more));
+    let mut hidden = Vec::new();
+    for batch in batches {
+        // All rows of most steps: moved.
+        if hidden.is_empty() { hidden = batch.hidden } else { hidden.extend(batch.hidden) }
+    }
     Forward { hidden, fates, contribution_max, pass: PassLog { in_halves, layers } }
 }
 
